@@ -1,0 +1,1 @@
+"""The pure core: vectors, routes, cookies, operations. No descriptor, no system call."""

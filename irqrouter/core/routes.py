@@ -1,0 +1,113 @@
+"""The routing table: the whole truth of one VM's GSIs, and what of it the kernel has accepted.
+
+``KVM_SET_GSI_ROUTING`` replaces the whole table (virt/kvm/irqchip.c:kvm_set_irq_routing), so exactly one party may
+write it. This is that party's book-keeping; it writes nothing itself.
+"""
+
+import heapq
+from collections.abc import Mapping
+
+from irqrouter.errors import CallerError
+from irqrouter.x86.msi import Message
+
+
+class GsiExhaustedError(CallerError):
+    """Every GSI the VM can have is in use."""
+
+
+class RouteTable:
+    """Routes wanted, routes accepted, and the difference. GSIs from ``first`` to below ``limit`` are ours to give."""
+
+    def __init__(self, first: int, limit: int) -> None:
+        self._limit = limit
+        self._free = list(range(first, limit))  # a heap: the lowest first, so that the table stays dense
+        self._given: set[int] = set()
+        self._foreign: set[int] = set()
+        self._wanted: dict[int, Message] = {}
+        self._accepted: dict[int, Message] = {}
+        self._changed: set[int] = set()
+
+    def allocate(self) -> int:
+        """Give out the lowest free GSI; raise :class:`GsiExhaustedError` when there is none."""
+        while self._free:
+            gsi = heapq.heappop(self._free)
+            if gsi not in self._given and gsi not in self._foreign:
+                self._given.add(gsi)
+                return gsi
+        raise GsiExhaustedError("the VM's GSIs", f"all {self._limit} are in use")
+
+    def free(self, gsi: int) -> None:
+        """Take a GSI back. Its route must have been dropped."""
+        self._given.remove(gsi)
+        heapq.heappush(self._free, gsi)
+
+    def set(self, gsi: int, route: Message) -> bool:
+        """Want ``route`` for ``gsi``. True when the kernel has it already: no write is needed for it."""
+        self._wanted[gsi] = route
+        return self._compare(gsi)
+
+    def drop(self, gsi: int) -> bool:
+        """Want no route for ``gsi``. True when the kernel has none."""
+        self._wanted.pop(gsi, None)
+        return self._compare(gsi)
+
+    def set_foreign(self, routes: Mapping[int, Message]) -> None:
+        """Replace the VMM's own routes. A GSI that is ours raises ``CallerError``, and nothing changes."""
+        for gsi in routes:
+            if not 0 <= gsi < self._limit:
+                raise CallerError(f"gsi {gsi}", f"must be below {self._limit}")
+            if gsi in self._given:
+                raise CallerError(f"gsi {gsi}", "belongs to a vector of the router")
+        for gsi in self._foreign - routes.keys():
+            self.drop(gsi)
+            heapq.heappush(self._free, gsi)
+        for gsi, route in routes.items():
+            self.set(gsi, route)
+        self._foreign = set(routes)
+
+    @property
+    def changes(self) -> dict[int, Message | None]:
+        """What differs from the table the kernel last accepted; None where a route goes."""
+        return {gsi: self._wanted.get(gsi) for gsi in self._changed}
+
+    @property
+    def changed(self) -> bool:
+        """Whether a write is due."""
+        return bool(self._changed)
+
+    def accepted(self, gsi: int) -> Message | None:
+        """The route of ``gsi`` in the table the kernel last accepted."""
+        return self._accepted.get(gsi)
+
+    def accept(self) -> None:
+        """The kernel took the table with every change in it."""
+        for gsi in self._changed:
+            route = self._wanted.get(gsi)
+            if route is None:
+                self._accepted.pop(gsi, None)
+            else:
+                self._accepted[gsi] = route
+        self._changed.clear()
+
+    def refuse(self) -> list[int]:
+        """The kernel refused the table: forget the routes that were to be set, and return their GSIs.
+
+        Drops stay wanted. Keeping a refused route would make it fail every later write, whoever's it was.
+        """
+        refused = [gsi for gsi in self._changed if gsi in self._wanted]
+        for gsi in refused:
+            old = self._accepted.get(gsi)
+            if old is None:
+                del self._wanted[gsi]
+            else:
+                self._wanted[gsi] = old
+            self._changed.discard(gsi)
+        self._foreign &= self._wanted.keys()
+        return refused
+
+    def _compare(self, gsi: int) -> bool:
+        if self._wanted.get(gsi) == self._accepted.get(gsi):
+            self._changed.discard(gsi)
+            return True
+        self._changed.add(gsi)
+        return False

@@ -1,0 +1,1 @@
+"""VT-d and AMD-Vi interrupt remapping, bit level and pure."""

@@ -1,0 +1,1 @@
+"""The kernel edge: KVM's uAPI, the VM, eventfds, the executor, and a simulated kernel."""

@@ -1,0 +1,1 @@
+"""x86 interrupt messages and controllers, bit level and pure."""

@@ -1,0 +1,1 @@
+"""Xen event channels, bit level and pure."""

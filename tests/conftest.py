@@ -1,0 +1,31 @@
+"""What every test gets: both event loops, and a check that nothing leaks."""
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import uvloop
+
+
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Each asynchronous test runs on both loops."""
+    return {"asyncio": asyncio.SelectorEventLoop, "uvloop": uvloop.new_event_loop}
+
+
+@pytest.fixture
+def nothing_leaks() -> Iterator[None]:
+    """Fail if the test leaves a descriptor, a thread or a child process behind."""
+    before = _descriptors(), threading.active_count()
+    yield
+    assert (_descriptors(), threading.active_count()) == before
+
+
+def _descriptors() -> set[str]:
+    return {
+        f"{entry.name} -> {os.readlink(entry)}"
+        for entry in Path("/proc/self/fd").iterdir()
+        if entry.is_symlink() and not str(entry).startswith("/proc/self/fd/self")
+    }

@@ -1,0 +1,85 @@
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from irqrouter.core.routes import GsiExhaustedError, RouteTable
+from irqrouter.errors import CallerError
+from irqrouter.x86.msi import Message
+
+X, Y = Message(0xFEE01000, 0x41), Message(0xFEE02000, 0x42)
+
+
+def test_allocate_gives_the_lowest_free_above_the_pins_up_to_the_limit() -> None:
+    table = RouteTable(24, 4096)
+    assert [table.allocate() for _ in range(4072)] == list(range(24, 4096))
+    with pytest.raises(GsiExhaustedError, match="all 4096 are in use"):
+        table.allocate()
+    table.free(100)
+    table.free(30)
+    assert [table.allocate(), table.allocate()] == [30, 100]
+
+
+def test_set_what_the_kernel_has_is_no_change() -> None:
+    table = RouteTable(24, 4096)
+    assert not table.set(24, X)
+    assert table.changes == {24: X}
+    table.accept()
+    assert table.set(24, X)
+    assert not table.changed
+    assert not table.set(24, Y)
+    assert table.set(24, X), "changed back before any write: nothing is due"
+    assert not table.changed
+
+
+def test_refuse_forgets_sets_and_keeps_drops() -> None:
+    table = RouteTable(24, 4096)
+    table.set(24, X)
+    table.set(25, X)
+    table.accept()
+    table.set(24, Y)
+    table.drop(25)
+    table.set(26, Y)
+    assert sorted(table.refuse()) == [24, 26]
+    assert table.changes == {25: None}
+    assert (table.accepted(24), table.accepted(25), table.accepted(26)) == (X, X, None)
+    assert table.set(24, X)
+
+
+def test_foreign_routes_never_meet_ours() -> None:
+    table = RouteTable(24, 4096)
+    table.set_foreign({3: X, 25: Y})
+    assert [table.allocate(), table.allocate()] == [24, 26]
+    with pytest.raises(CallerError, match="gsi 26: belongs to a vector"):
+        table.set_foreign({26: X})
+    with pytest.raises(CallerError, match="gsi 4096: must be below 4096"):
+        table.set_foreign({4096: X})
+    assert table.changes == {3: X, 25: Y}
+    table.accept()
+    table.set_foreign({3: Y})
+    assert table.changes == {3: Y, 25: None}
+    assert table.allocate() == 25
+
+
+@given(st.lists(st.tuples(st.sampled_from(["set", "drop", "accept", "refuse"]), st.integers(24, 28), st.booleans())))
+def test_table_any_history_changes_are_exactly_wanted_minus_accepted(history: list[tuple[str, int, bool]]) -> None:
+    table = RouteTable(24, 32)
+    wanted: dict[int, Message] = {}
+    accepted: dict[int, Message] = {}
+    for what, gsi, first in history:
+        route = X if first else Y
+        if what == "set":
+            wanted[gsi] = route
+            table.set(gsi, route)
+        elif what == "drop":
+            wanted.pop(gsi, None)
+            table.drop(gsi)
+        elif what == "accept":
+            table.accept()
+            accepted = dict(wanted)
+        else:
+            table.refuse()
+            wanted = {g: accepted[g] for g in wanted if g in accepted}
+        assert table.changes == {
+            g: wanted.get(g) for g in wanted.keys() | accepted.keys() if wanted.get(g) != accepted.get(g)
+        }
+        assert {g: table.accepted(g) for g in range(24, 32) if table.accepted(g)} == accepted
