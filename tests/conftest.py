@@ -6,8 +6,13 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import uvloop
+
+# How long one example takes says more about the machine than about the code.
+hypothesis.settings.register_profile("irqrouter", deadline=None)
+hypothesis.settings.load_profile("irqrouter")
 
 
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:

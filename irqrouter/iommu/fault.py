@@ -1,0 +1,36 @@
+"""What a remapping unit does with an interrupt it blocks."""
+
+import msgspec
+
+from irqrouter.x86.msi import Message, bdf
+
+
+class Fault(msgspec.Struct, frozen=True, kw_only=True):
+    """An interrupt that is not delivered.
+
+    ``recorded`` is False where the guest asked for no record (VT-d's FPD, AMD-Vi's IG and SupIOPF) and where
+    hardware keeps none.
+    """
+
+    requester: int
+    recorded: bool
+
+    @property
+    def why(self) -> str:
+        """The rule that blocked the interrupt."""
+        return "blocked by the remapping unit"
+
+    def describe(self) -> str:
+        """``00:03.0: 22h: the IRTE is not present, index 0x5``, with ``(not recorded)`` behind it where it is not."""
+        return f"{bdf(self.requester)}: {self.why}{'' if self.recorded else ' (not recorded)'}"
+
+
+class NotAnInterrupt(Fault, frozen=True, kw_only=True):
+    """A write outside FEEx_xxxxh: it raises no interrupt, and no interrupt-remapping fault is recorded."""
+
+    message: Message
+
+    @property
+    def why(self) -> str:
+        """The rule that blocked the interrupt."""
+        return f"{self.message.describe()} is not addressed to FEEx_xxxxh: no interrupt"

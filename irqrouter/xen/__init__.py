@@ -1,1 +1,0 @@
-"""Xen event channels, bit level and pure."""
