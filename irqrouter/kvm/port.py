@@ -61,7 +61,10 @@ class WatchSet(Protocol):
         ...
 
     def arm(self, eventfd: Eventfd) -> None:
-        """Watch ``eventfd`` (again); it is polled at once, so a pending count is reported. From any thread."""
+        """Watch ``eventfd`` (again); it is polled at once, so a pending count is reported.
+
+        From any thread. One that was closed meanwhile is left alone: whoever removes a vector waits for nobody.
+        """
         ...
 
     def harvest(self, limit: int) -> list[int]:

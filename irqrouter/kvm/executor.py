@@ -1,0 +1,348 @@
+"""The executor: carries out operations on one VM, and is the truth about its vectors.
+
+Two kinds of callers meet here. The loop decides about events that fired and passes *batches* (:meth:`Executor.run`).
+The VMM's own threads, vCPUs mostly, say what the guest did through *verbs* (:meth:`Executor.invalidate`, ``mask``,
+``program``, ...), which are true when they return. One lock orders the two; it is held for one operation at a time and
+handed over in order, so a vCPU waits for one operation at most.
+
+What a batch decided is checked against the vector as it is now: an older generation is refused with ``ESTALE``, and
+``Catch``, ``CatchFault`` and ``Assign`` are refused unless the vector is deassigned. A batch ends by writing the
+routing table if it changed, before the caller acknowledges anything to anybody.
+
+Works on any kernel of ``kvm/port.py``: the real one, and the simulated one.
+"""
+
+import errno
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from irqrouter.core.machine import Event, Row, State
+from irqrouter.core.ops import Assign, Catch, CatchFault, Deassign, DropRoute, Op, SetRoute
+from irqrouter.core.routes import RouteTable
+from irqrouter.core.vectors import Vector, Vectors, VectorStatus, decide
+from irqrouter.errors import CallerError, IrqrouterError, KernelError
+from irqrouter.iommu.fault import Fault
+from irqrouter.kvm.fairlock import FairLock
+from irqrouter.kvm.port import Eventfd, Vm
+from irqrouter.scope import Cookie, Scope
+from irqrouter.x86.msi import Message, Request
+
+#: A vector that lost this many races in a row is served by the next invalidation that matches it.
+PATIENCE = 3
+
+
+class DuplicateEventfdError(CallerError):
+    """The eventfd is a vector's already: one would eat the other's events."""
+
+
+class Executor:
+    """Carries out operations on ``vm``.
+
+    ``record_fault(vector, fault)`` puts a fault where the VMM keeps them; it is called with the lock held, before the
+    event is consumed, and must only store. ``translate(request)`` is the remapper's: an invalidation uses it to serve
+    a vector that keeps losing the race.
+    """
+
+    def __init__(
+        self,
+        vm: Vm,
+        *,
+        record_fault: Callable[[Vector, Fault], None],
+        translate: Callable[[Request], Message | Fault],
+    ) -> None:
+        self._vm = vm
+        self._record_fault = record_fault
+        self._translate = translate
+        self._lock = FairLock()
+        self._vectors = Vectors(RouteTable(vm.pins, vm.routes_max))
+        self._eventfds: dict[int, Eventfd] = {}
+        self._identities: set[int] = set()
+
+    # --- verbs: what the VMM's threads say. True when they return. -----------------------------------------------
+
+    def add(
+        self, fd: int, request: Request, cookie: Cookie, *, masked: bool = False, device: str | None = None
+    ) -> tuple[Vector, Eventfd]:
+        """Make a vector of the eventfd ``fd``, deassigned or masked. ``fd`` is duplicated and stays the caller's.
+
+        Raises what ``Vm.adopt`` does, :class:`DuplicateEventfdError` and
+        :class:`~irqrouter.core.routes.GsiExhaustedError`.
+        """
+        eventfd = self._vm.adopt(fd)
+        try:
+            with self._lock:
+                if eventfd.identity in self._identities:
+                    raise DuplicateEventfdError(f"descriptor {fd}", "its eventfd is a vector already")
+                vector = self._vectors.add(request, cookie, device, masked=masked)
+                self._identities.add(eventfd.identity)
+                self._eventfds[vector.id] = eventfd
+        except IrqrouterError:
+            eventfd.close()
+            raise
+        return vector, eventfd
+
+    def invalidate(self, scope: Scope) -> int:
+        """Drop every translation made for a cookie in ``scope``; return how many vectors that touched.
+
+        When this returns, no event signalled afterwards is delivered, or turned into a fault, by a translation read
+        before it: only now may the guest be told that its invalidation is complete.
+        """
+        with self._lock:
+            matching = self._vectors.matching(scope)
+        failure: KernelError | None = None
+        for vector in matching:
+            with self._lock:
+                if vector.state is State.REMOVED:
+                    continue
+                vector.invalidations += 1
+                try:
+                    self._happen(vector, Event.INVALIDATED)
+                    if vector.lost_races >= PATIENCE:
+                        self._serve(vector)
+                except KernelError as error:  # the others must still be deassigned
+                    failure = error
+        if failure is not None:
+            raise failure
+        return len(matching)
+
+    def mask(self, vector: Vector) -> None:
+        """Mask ``vector``: from now on its events wait in its eventfd."""
+        with self._lock:
+            self._happen(self._vectors.known(vector), Event.MASKED)
+
+    def unmask(self, vector: Vector) -> None:
+        """Unmask ``vector``. It is deassigned: what waited, or comes next, goes through a fresh translation."""
+        with self._lock:
+            self._happen(self._vectors.known(vector), Event.UNMASKED)
+
+    def program(self, vector: Vector, request: Request, cookie: Cookie) -> None:
+        """Give ``vector`` another message. Its next event goes through a fresh translation."""
+        with self._lock:
+            self._happen(self._vectors.known(vector), Event.PROGRAMMED)
+            self._vectors.program(vector, request, cookie)
+
+    def remove(self, vectors: Iterable[Vector]) -> None:
+        """Deassign and forget ``vectors``, with one table write for all of them. An event still pending is gone."""
+        failure: KernelError | None = None
+        for vector in list(vectors):
+            with self._lock:
+                try:
+                    self._happen(self._vectors.known(vector), Event.REMOVED)
+                except KernelError as error:  # a VM that is gone (EIO): the rest must be released all the same
+                    failure = error
+                    self._drop_route(vector)
+                eventfd = self._eventfds.pop(vector.id)
+                self._identities.discard(eventfd.identity)
+                self._vectors.forget(vector)
+                eventfd.close()
+        with self._lock:
+            self._write_routes()  # if refused, the dropped routes lead nowhere, and go with the next write
+        if failure is not None:
+            raise failure
+
+    def set_foreign_routes(self, routes: Mapping[int, Message]) -> None:
+        """Replace the routes that are the VMM's own, I/OAPIC pins for example. They must go in through here.
+
+        A VMM that writes the table behind the executor's back erases live routes, and events with them.
+        """
+        with self._lock:
+            self._vectors.routes.set_foreign(routes)
+            failed = self._write_routes()
+        if failed:
+            raise KernelError(failed, "KVM_SET_GSI_ROUTING", "the VMM's own routes")
+
+    def status(self) -> list[VectorStatus]:
+        """A snapshot of every vector."""
+        with self._lock:
+            return [self._vectors.status(vector) for vector in self._vectors]
+
+    def vectors(self) -> list[Vector]:
+        """Every vector there is."""
+        with self._lock:
+            return list(self._vectors)
+
+    def close(self) -> None:
+        """Remove every vector: nothing stays bound."""
+        self.remove(self.vectors())
+
+    # --- batches: what the loop decided. -------------------------------------------------------------------------
+
+    def run(self, batch: Sequence[Op]) -> list[int]:
+        """Carry out ``batch`` in order; one errno per operation, 0 where it succeeded.
+
+        An operation that fails skips the rest of that vector's (``ECANCELED``). The table is written once, before the
+        first ``Assign``, or at the end. ``ESTALE``: the vector changed since the decision. ``EAGAIN`` (``Catch``,
+        ``CatchFault``): nothing was pending, so nothing was done.
+        """
+        errnos: list[int] = []
+        failed: set[int] = set()
+        refused = 0  # why the kernel refused the table, if it did
+        for op in batch:
+            if op.vector in failed:
+                errnos.append(errno.ECANCELED)
+                continue
+            with self._lock:
+                if isinstance(op, Assign):
+                    refused = self._write_routes() or refused
+                result = self._carry_out(op)
+            if result == errno.ENXIO and refused:
+                result = refused
+            errnos.append(result)
+            if result:
+                failed.add(op.vector)
+        with self._lock:
+            refused = self._write_routes() or refused
+        if refused:
+            self._blame(batch, errnos, refused)
+        return errnos
+
+    def run_now(self, op: Catch | CatchFault) -> int | None:
+        """Carry out one catch if that needs no waiting; None, and nothing done, if the lock is taken.
+
+        This is what the event loop calls: somebody else's ``Deassign`` may hold the lock for milliseconds.
+        """
+        if not self._lock.acquire(blocking=False):
+            return None
+        try:
+            return self._carry_out(op)
+        finally:
+            self._lock.release()
+
+    def _blame(self, batch: Sequence[Op], errnos: list[int], refused: int) -> None:
+        """Give the errno of a refused table write to the batch's ``SetRoute`` operations that fell with it."""
+        for index, op in enumerate(batch):
+            if isinstance(op, SetRoute) and not errnos[index]:
+                vector = self._vectors.find(op.vector)
+                if vector is None or vector.accepted_generation != op.generation:
+                    errnos[index] = refused
+
+    # --- one operation each, with the lock held. -----------------------------------------------------------------
+
+    def _carry_out(self, op: Op) -> int:
+        vector = self._vectors.find(op.vector)
+        if isinstance(op, Deassign):
+            return self._deassign(vector) if vector is not None else errno.ESTALE
+        if isinstance(op, DropRoute):
+            return self._drop_route(vector) if vector is not None else errno.ESTALE
+        refusal = self._vectors.refusal(vector, op)
+        if vector is None:
+            return refusal
+        if refusal:
+            if refusal == errno.ESTALE:
+                vector.stale += 1
+                vector.lost_races += isinstance(op, Catch | CatchFault)
+            return refusal
+        try:
+            if isinstance(op, Catch):
+                return self._catch(vector, op.delivery)
+            if isinstance(op, CatchFault):
+                return self._catch_fault(vector, op.record)
+            if isinstance(op, SetRoute):
+                return self._set_route(vector, op.route)
+            return self._assign(vector)
+        except KernelError as error:
+            return error.errno
+
+    def _happen(self, vector: Vector, event: Event) -> Row:
+        """Move the vector and do at once what its row demands. The irqfd goes before the route does (I4)."""
+        row = self._vectors.happen(vector, event)
+        if row.deassign:
+            self._vm.irqfd_deassign(self._eventfds[vector.id], vector.gsi)
+        if row.drop_route:
+            self._drop_route(vector)
+        return row
+
+    def _deassign(self, vector: Vector) -> int:
+        try:
+            self._happen(vector, Event.INVALIDATED)
+        except KernelError as error:
+            return error.errno
+        return 0
+
+    def _drop_route(self, vector: Vector) -> int:
+        if vector.state is State.ASSIGNED:
+            return errno.EBUSY
+        self._vectors.routes.drop(vector.gsi)
+        vector.accepted_generation = 0
+        return 0
+
+    def _set_route(self, vector: Vector, route: Message) -> int:
+        vector.routed_generation = vector.generation
+        if self._vectors.routes.set(vector.gsi, route):
+            vector.accepted_generation = vector.generation
+        return 0
+
+    def _catch(self, vector: Vector, delivery: Message) -> int:
+        eventfd = self._eventfds[vector.id]
+        count = eventfd.read()
+        if not count:
+            return errno.EAGAIN
+        try:
+            self._vm.signal_msi(delivery)  # 0 vCPUs took it: as in hardware, that is delivered
+        except KernelError:
+            eventfd.write(count)
+            raise
+        self._vectors.happen(vector, Event.CAUGHT)
+        vector.caught += 1
+        vector.lost_races = 0
+        return 0
+
+    def _catch_fault(self, vector: Vector, fault: Fault) -> int:
+        eventfd = self._eventfds[vector.id]
+        # Recorded first, consumed second: whoever dies between the two has recorded once too often, and lost nothing.
+        # So pending is asked before, without taking it.
+        if not eventfd.pending():
+            return errno.EAGAIN
+        if fault.recorded:
+            self._record_fault(vector, fault)
+        eventfd.read()
+        self._vectors.happen(vector, Event.FAULT_CAUGHT)
+        vector.faults += 1
+        vector.lost_races = 0
+        return 0
+
+    def _assign(self, vector: Vector) -> int:
+        eventfd = self._eventfds[vector.id]
+        try:
+            self._vm.irqfd_assign(eventfd, vector.gsi)
+        except KernelError as error:
+            # EBUSY: somebody else's irqfd. What is pending was not injected and must not be discarded; we deliver.
+            vector.assign_errno = error.errno
+            raise
+        # KVM injected what was pending, and did not drain it.
+        if eventfd.read():
+            vector.discarded += 1
+        self._vectors.happen(vector, Event.ASSIGNED)
+        return 0
+
+    def _write_routes(self) -> int:
+        """Write the table if it differs from what the kernel accepted; an errno.
+
+        A refused write leaves the old routes live: the vectors whose routes were to change are deassigned.
+        """
+        routes = self._vectors.routes
+        changes = routes.changes
+        if not changes:
+            return 0
+        try:
+            self._vm.set_gsi_routing(changes)
+        except (KernelError, CallerError) as error:
+            code = error.errno if isinstance(error, KernelError) else errno.EINVAL
+            for gsi in routes.refuse():
+                vector = self._vectors.routed_at(gsi)
+                if vector is not None:
+                    self._happen(vector, Event.ROUTE_REFUSED)
+                    vector.assign_errno = code
+            return code
+        routes.accept()
+        for gsi in changes:
+            vector = self._vectors.routed_at(gsi)
+            if vector is not None and routes.accepted(gsi) is not None:
+                vector.accepted_generation = vector.routed_generation
+        return 0
+
+    def _serve(self, vector: Vector) -> None:
+        """Deliver a pending event here and now: the loop's decisions about it keep coming too late."""
+        if vector.state is State.DEASSIGNED:
+            catch, _ = decide(vector.id, vector.generation, self._translate(vector.request))
+            if isinstance(catch, Catch):  # a fault is left to the loop, which reads the entry twice
+                self._carry_out(catch)
