@@ -11,9 +11,11 @@ The kernel tells of devices only in network namespaces that the initial user nam
 import asyncio
 import errno
 import functools
+import re
 import socket
 import types
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Final, Protocol, Self
 
 import msgspec
@@ -31,6 +33,9 @@ _DATAGRAM_BYTES_MAX: Final = 8192
 
 # sockaddr_nl: nl_pid 0 is the kernel itself. Another process's unicast shows its own, and group 0.
 _FROM_KERNEL: Final = (0, _KERNEL_GROUP)
+
+
+_PCI_ADDRESS: Final = re.compile(r"[0-9a-f]{4,}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
 
 
 class MalformedUeventError(SpecError):
@@ -100,6 +105,16 @@ def departed_pci_device(event: Uevent) -> str | None:
     departed = event.subsystem == "pci" and event.action in {"remove", "unbind"}
     synthetic = "SYNTH_UUID" in event.properties
     return event.properties.get("PCI_SLOT_NAME") if departed and not synthetic else None
+
+
+def unbound_pci_devices(addresses: Iterable[str]) -> set[str]:
+    """Those of ``addresses`` that are no longer there, or have no driver: what to ask after :class:`UeventsLost`."""
+    devices = Path("/sys/bus/pci/devices")
+    return {
+        address
+        for address in addresses
+        if _PCI_ADDRESS.fullmatch(address) and not (devices / address / "driver").exists()
+    }
 
 
 class Uevents:

@@ -45,7 +45,7 @@ class VectorStatus(msgspec.Struct, frozen=True):
     stale: int
     #: Counts found pending just after ``KVM_IRQFD``, which KVM had injected.
     discarded: int
-    #: Why the last ``KVM_IRQFD`` of this generation was refused (an errno); 0 if it was not.
+    #: Why the kernel refused this generation's route or irqfd (an errno); 0 if it did not. The loop delivers meanwhile.
     assign_errno: int
     #: Microseconds from the loop's wake-up to the delivery, of the last event caught; None before the first.
     last_miss_us: float | None
