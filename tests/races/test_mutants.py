@@ -1,0 +1,274 @@
+"""Each rule broken on purpose: some world must notice, and name the invariant.
+
+The labels are those of the review that broke earlier forms of the design. The rules are broken by patching the code
+here; there is no knob for it.
+"""
+
+import errno
+from collections.abc import Callable
+
+import pytest
+
+from irqrouter.core.machine import TABLE, Event, Row, State
+from irqrouter.core.ops import Assign, Catch, CatchFault, Op, SetRoute
+from irqrouter.core.vectors import Vector, Vectors, decide
+from irqrouter.errors import KernelError
+from irqrouter.eventfd_loop import Router
+from irqrouter.kvm.executor import Executor
+from irqrouter.kvm.simulated import SimulatedEventfd, SimulatedVm
+from irqrouter.scope import Cookie
+from irqrouter.x86.msi import Message, Request
+from tests.races.explorer import InvariantBrokenError, explore
+from tests.races.test_worlds import WORLDS
+
+Patch = pytest.MonkeyPatch
+
+
+def catch_split_in_two(patch: Patch) -> None:
+    """A1: the event is taken, the lock let go, and only then delivered, if the vector is still the same."""
+
+    def catch(self: Executor, vector: Vector, delivery: Message) -> int:
+        generation = vector.generation
+        if not self._eventfds[vector.id].read():
+            return errno.EAGAIN
+        self._lock.release()
+        self._lock.acquire()
+        if vector.generation != generation:
+            return errno.ESTALE
+        self._vm.signal_msi(delivery)
+        vector.caught += 1
+        return 0
+
+    patch.setattr(Executor, "_catch", catch)
+
+
+def without_generation(*kinds: type[Op]) -> Callable[[Patch], None]:
+    """Operations of these kinds are carried out on a deassigned vector whatever their generation."""
+
+    def mutant(patch: Patch) -> None:
+        refusal = Vectors.refusal
+
+        def lenient(self: Vectors, vector: Vector | None, op: SetRoute | Catch | CatchFault | Assign) -> int:
+            if isinstance(op, kinds) and vector is not None and vector.state is State.DEASSIGNED:
+                return 0
+            return refusal(self, vector, op)
+
+        patch.setattr(Vectors, "refusal", lenient)
+
+    return mutant
+
+
+def route_by_bare_gsi(patch: Patch) -> None:
+    """A3: a route is set for the GSI that the vector had when it was decided, whatever happened since."""
+    gsis: dict[int, int] = {}
+    add, carry_out = Vectors.add, Executor._carry_out
+
+    def remember(self: Vectors, request: Request, cookie: Cookie, device: str | None, *, masked: bool) -> Vector:
+        vector = add(self, request, cookie, device, masked=masked)
+        gsis[vector.id] = vector.gsi
+        return vector
+
+    def by_gsi(self: Executor, op: Op) -> int:
+        if isinstance(op, SetRoute) and self._vectors.find(op.vector) is None:
+            self._vectors.routes.set(gsis[op.vector], op.route)
+            return 0
+        return carry_out(self, op)
+
+    patch.setattr(Vectors, "add", remember)
+    patch.setattr(Executor, "_carry_out", by_gsi)
+
+
+def cookie_installed_late(patch: Patch) -> None:
+    """A4: a reprogrammed vector is found by its new cookie only once it is assigned."""
+    late: dict[int, Cookie] = {}
+    program, happen = Vectors.program, Vectors.happen
+
+    def keep_the_old(self: Vectors, vector: Vector, request: Request, cookie: Cookie) -> None:
+        vector.request = request
+        late[vector.id] = cookie
+
+    def install(self: Vectors, vector: Vector, event: Event) -> Row:
+        if event is Event.ASSIGNED and vector.id in late:
+            program(self, vector, vector.request, late.pop(vector.id))
+        return happen(self, vector, event)
+
+    patch.setattr(Vectors, "program", keep_the_old)
+    patch.setattr(Vectors, "happen", install)
+
+
+def mask_without_a_new_generation(patch: Patch) -> None:
+    """A5: masking and unmasking leave the generation as it is."""
+    patch.setitem(TABLE, (State.ASSIGNED, Event.MASKED), Row(State.MASKED, deassign=True))
+    patch.setitem(TABLE, (State.DEASSIGNED, Event.MASKED), Row(State.MASKED))
+    patch.setitem(TABLE, (State.MASKED, Event.UNMASKED), Row(State.DEASSIGNED))
+
+
+def masked_vector_not_refused(patch: Patch) -> None:
+    """A5: the executor goes by generations alone, and masking does not make one."""
+    mask_without_a_new_generation(patch)
+    refusal = Vectors.refusal
+
+    def lenient(self: Vectors, vector: Vector | None, op: SetRoute | Catch | CatchFault | Assign) -> int:
+        if vector is not None and vector.state is State.MASKED and op.generation == vector.generation:
+            return 0
+        return refusal(self, vector, op)
+
+    patch.setattr(Vectors, "refusal", lenient)
+    patch.setitem(TABLE, (State.MASKED, Event.CAUGHT), Row(State.MASKED))
+    patch.setitem(TABLE, (State.MASKED, Event.ASSIGNED), Row(State.MASKED))
+
+
+def deassign_by_reused_number(patch: Patch) -> None:
+    """A6: the VMM's descriptor number is used, not a duplicate of it."""
+
+    class ByNumber(SimulatedEventfd):
+        def bind(self, host):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+            return host.files.get(self._fd)
+
+        def close(self) -> None:
+            pass
+
+    def adopt(self: SimulatedVm, fd: int) -> SimulatedEventfd:
+        return ByNumber(self._host, self._host.files[fd], fd)
+
+    patch.setattr(SimulatedVm, "adopt", adopt)
+
+
+def refused_table_taken_for_accepted(patch: Patch) -> None:
+    """A7: a failing table write is taken for success."""
+    write = SimulatedVm.set_gsi_routing
+
+    def ignore(self: SimulatedVm, changes: dict[int, Message | None]) -> None:
+        try:
+            write(self, changes)
+        except KernelError:
+            pass
+
+    patch.setattr(SimulatedVm, "set_gsi_routing", ignore)
+
+
+def no_discard_after_assign(patch: Patch) -> None:
+    """What KVM injected at assign stays in the eventfd."""
+
+    def assign(self: Executor, vector: Vector) -> int:
+        self._vm.irqfd_assign(self._eventfds[vector.id], vector.gsi)
+        self._vectors.happen(vector, Event.ASSIGNED)
+        return 0
+
+    patch.setattr(Executor, "_assign", assign)
+
+
+def deassign_after_the_route_change(patch: Patch) -> None:
+    """The route goes first, the irqfd after it."""
+
+    def happen(self: Executor, vector: Vector, event: Event) -> Row:
+        row = self._vectors.happen(vector, event)
+        if row.drop_route:
+            self._vectors.routes.drop(vector.gsi)
+            self._write_routes()
+        if row.deassign:
+            self._vm.irqfd_deassign(self._eventfds[vector.id], vector.gsi)
+        return row
+
+    patch.setattr(Executor, "_happen", happen)
+
+
+def undelivered_count_dropped(patch: Patch) -> None:
+    """The count is not written back when the delivery fails."""
+
+    def catch(self: Executor, vector: Vector, delivery: Message) -> int:
+        if not self._eventfds[vector.id].read():
+            return errno.EAGAIN
+        self._vm.signal_msi(delivery)
+        return 0
+
+    patch.setattr(Executor, "_catch", catch)
+
+
+def generation_sampled_after_the_reading(patch: Patch) -> None:
+    """C1: the translation is labelled with the generation that holds once it has been read."""
+
+    def decide_late(self: Router, vector: Vector) -> object:
+        outcome = self._remapper.translate(vector.request)
+        return decide(vector.id, vector.generation, outcome)
+
+    patch.setattr(Router, "_decide", decide_late)
+
+
+def invalidation_without_deassign(patch: Patch) -> None:
+    """An invalidated vector stays assigned."""
+    patch.setitem(TABLE, (State.ASSIGNED, Event.INVALIDATED), Row(State.DEASSIGNED, renews=True))
+
+
+def unmasked_and_not_watched(patch: Patch) -> None:
+    """Unmask does not look for what is pending."""
+    patch.setattr(Router, "_watch_again", lambda self, vector: None)
+
+
+def settled_and_not_watched(patch: Patch) -> None:
+    """A vector is not watched again after it was settled."""
+    settle = Router._run_settling
+
+    def forget(self: Router, settlings: object) -> object:
+        settle(self, settlings)  # type: ignore[arg-type]
+        raise _ForgottenError
+
+    def silent(self: Router, misses: object) -> None:
+        try:
+            original(self, misses)  # type: ignore[arg-type]
+        except _ForgottenError:
+            pass
+
+    original = Router._settle
+    patch.setattr(Router, "_run_settling", forget)
+    patch.setattr(Router, "_settle", silent)
+    patch.setattr(Router, "_assign_new", lambda self, vectors: None)
+
+
+class _ForgottenError(Exception):
+    pass
+
+
+MUTANTS: list[tuple[Callable[[Patch], None], set[str]]] = [
+    (catch_split_in_two, {"I1"}),
+    (without_generation(CatchFault), {"I2"}),
+    (without_generation(Catch), {"I2"}),
+    (without_generation(Assign), {"I2"}),
+    (route_by_bare_gsi, {"I5"}),
+    (cookie_installed_late, {"I2"}),
+    (mask_without_a_new_generation, {"I7"}),
+    (masked_vector_not_refused, {"I7"}),
+    (deassign_by_reused_number, {"I2"}),
+    (refused_table_taken_for_accepted, {"I2"}),
+    (no_discard_after_assign, {"I6"}),
+    (deassign_after_the_route_change, {"I4"}),
+    (undelivered_count_dropped, {"I1"}),
+    (generation_sampled_after_the_reading, {"I2"}),
+    (invalidation_without_deassign, {"I2"}),
+    (unmasked_and_not_watched, {"I1"}),
+    (settled_and_not_watched, {"I1"}),
+]
+NAMES = [
+    "catch_split_in_two",
+    "fault_without_generation",
+    "catch_without_generation",
+    "assign_without_generation",
+    *(mutant.__name__ for mutant, _ in MUTANTS[4:]),
+]
+
+
+@pytest.mark.parametrize(("mutant", "invariants"), MUTANTS, ids=NAMES)
+def test_mutant_is_noticed_and_the_invariant_named(
+    mutant: Callable[[Patch], None], invariants: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutant(monkeypatch)
+    found: dict[str, list[str]] = {}
+    for world in WORLDS:
+        try:
+            explore(world, runs_max=60_000)
+        except InvariantBrokenError as broken:
+            found.setdefault(broken.invariant, broken.trace)
+        if invariants <= found.keys():
+            break
+    assert invariants <= found.keys(), f"nothing noticed it; broken were {sorted(found)}"
+    assert all(found[invariant] for invariant in invariants), "the trace tells how it came to that"
