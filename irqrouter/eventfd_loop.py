@@ -36,12 +36,12 @@ import structlog
 
 from irqrouter.core.machine import State
 from irqrouter.core.ops import Assign, Catch, CatchFault, SetRoute
-from irqrouter.core.vectors import Vector, VectorStatus, decide
+from irqrouter.core.vectors import Vector, VectorStatus, decide, settle
 from irqrouter.errors import CallerError, KernelError
 from irqrouter.iommu.fault import Fault
 from irqrouter.iommu_remap import Remapper
 from irqrouter.kvm.executor import Executor
-from irqrouter.kvm.port import Eventfd, Vm
+from irqrouter.kvm.port import Eventfd, Vm, WatchSet
 from irqrouter.scope import Scope
 from irqrouter.uevents import Uevent, Uevents, departed_pci_device, unbound_pci_devices
 from irqrouter.x86.msi import Message, Request, checked
@@ -85,11 +85,9 @@ class _Miss(NamedTuple):
     """An event on its way from the harvest to the next watch."""
 
     vector: Vector
-    eventfd: Eventfd
     woken_ns: int
     catch: Catch | CatchFault
-    settling: tuple[SetRoute, Assign] | tuple[()]
-    caught: bool = False
+    caught: bool
 
 
 class Router:
@@ -106,11 +104,9 @@ class Router:
     def __init__(self, vm: Vm, remapper: Remapper, *, on_fault: Callable[[Vector, Fault], None]) -> None:
         self._remapper = remapper
         self._executor = Executor(vm, record_fault=on_fault, translate=remapper.translate)
-        self._watch = vm.watch_set()
-        self._watched: dict[int, tuple[Vector, Eventfd]] = {}
-        self._eventfds: dict[int, Eventfd] = {}
+        self._watched = _Watched(vm.watch_set())
         self._delays: dict[int, float] = {}
-        self._settler = _Settler(self._settle)
+        self._settler = _Settler(self._settle, self._back_off)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_thread: int | None = None
         self._closed = False
@@ -123,7 +119,7 @@ class Router:
         self._loop = asyncio.get_running_loop()
         self._loop_thread = threading.get_ident()
         self._settler.start()
-        self._loop.add_reader(self._watch.fileno(), self._turn)
+        self._loop.add_reader(self._watched.fileno(), self._turn)
         return self
 
     async def __aexit__(
@@ -137,12 +133,12 @@ class Router:
             return
         self._closed = True
         if self._loop is not None:
-            self._loop.remove_reader(self._watch.fileno())
+            self._loop.remove_reader(self._watched.fileno())
         await asyncio.to_thread(self._settler.stop)
         try:
             await asyncio.to_thread(self._executor.close)
         finally:
-            self._watch.close()
+            self._watched.close()
 
     # --- verbs ---------------------------------------------------------------------------------------------------
 
@@ -187,10 +183,7 @@ class Router:
             self._executor.remove(vector for vector, _ in added)
             raise
         for vector, eventfd in added:
-            self._eventfds[vector.id] = eventfd
-            self._watched[eventfd.fileno()] = (vector, eventfd)
-            if vector.state is not State.MASKED:
-                self._watch.arm(eventfd)
+            self._watched.add(vector, eventfd)
         return [vector for vector, _ in added]
 
     def invalidate(self, scope: Scope) -> int:
@@ -211,7 +204,7 @@ class Router:
         """Unmask ``vector``. What waited is delivered now, through a fresh translation."""
         self._refuse_on_loop("unmask")
         self._executor.unmask(vector)
-        self._watch_again(vector)
+        self._watched.look_again(vector)
 
     def program(self, vector: Vector, message: Message) -> None:
         """Give ``vector`` another MSI address and data, masked or not. Its next event is translated afresh."""
@@ -225,13 +218,13 @@ class Router:
         Raises :class:`~irqrouter.core.vectors.VectorGoneError` for one that was removed before.
         """
         self._refuse_on_loop("remove")
-        self._executor.remove(self._unwatched(vectors))
+        self._executor.remove(self._forgotten(vectors))
 
     def remove_device(self, device: str) -> int:
         """Remove every vector that was added for ``device``; return how many there were."""
         self._refuse_on_loop("remove_device")
         gone = [vector for vector in self._executor.vectors() if vector.device == device]
-        self._executor.remove(self._unwatched(gone))
+        self._executor.remove(self._forgotten(gone))
         log.info("device removed", device=device, vectors=len(gone))
         return len(gone)
 
@@ -263,45 +256,39 @@ class Router:
     def _turn(self) -> None:
         """One turn: everything that fired is caught at once, and settled as one batch."""
         woken_ns = time.perf_counter_ns()
-        for fd in self._watch.harvest(HARVEST_MAX):
-            watched = self._watched.get(fd)
-            if watched is None:
-                continue  # removed between the wake-up and now
+        for vector in self._watched.harvest():
             self.wakeups += 1
-            vector, eventfd = watched
-            if vector.state is State.DEASSIGNED:
-                self._attend(vector, eventfd, woken_ns)
-            elif vector.state is State.ASSIGNED:
+            if vector.state is State.ASSIGNED:
                 self.wakeups_while_assigned += 1
-                self._watch.arm(eventfd)
-            # Masked: it stays disarmed, and pending, until unmask() watches it again.
+                self._watched.answered(vector)
+            else:
+                self._attend(vector, woken_ns)
         self._settler.go()
 
-    def _attend(self, vector: Vector, eventfd: Eventfd, woken_ns: int, *, second_reading: bool = False) -> None:
+    def _attend(self, vector: Vector, woken_ns: int, *, second_reading: bool = False) -> None:
         """An event came on a vector that KVM does not deliver: translate, and deliver."""
         try:
-            catch, settling = self._decide(vector)
+            catch = self._decide(vector)
         except Exception:
             log.exception("the remapper failed", vector=vector.id)
             self._back_off(vector)
             return
         if isinstance(catch, CatchFault) and not second_reading:
-            self._later(SECOND_READING_S, self._read_again, vector, eventfd, woken_ns)
+            self._later(SECOND_READING_S, self._read_again, vector, woken_ns)
             return
-        miss = _Miss(vector, eventfd, woken_ns, catch, settling)
         result = self._executor.run_now(catch)
+        miss = _Miss(vector, woken_ns, catch, caught=result is not None)
         if result is None:  # the lock is taken, perhaps for milliseconds
             self._settler.put(miss)
         else:
             self._caught(miss, result)
 
-    def _read_again(self, vector: Vector, eventfd: Eventfd, woken_ns: int) -> None:
+    def _read_again(self, vector: Vector, woken_ns: int) -> None:
         """The second reading after a failed translation: now its outcome counts, whatever it is."""
-        if vector.state is State.DEASSIGNED:  # otherwise whoever changed it has seen to the watching
-            self._attend(vector, eventfd, woken_ns, second_reading=True)
-            self._settler.go()
+        self._attend(vector, woken_ns, second_reading=True)
+        self._settler.go()
 
-    def _decide(self, vector: Vector) -> tuple[Catch | CatchFault, tuple[SetRoute, Assign] | tuple[()]]:
+    def _decide(self, vector: Vector) -> Catch | CatchFault:
         generation = vector.generation  # before the first byte of the guest's tables is read
         return decide(vector.id, generation, self._remapper.translate(vector.request))
 
@@ -311,21 +298,22 @@ class Router:
         if result == 0:
             vector.last_miss_us = (time.perf_counter_ns() - miss.woken_ns) / 1000
             self._delays.pop(vector.id, None)
-            if miss.settling and not vector.assign_errno:  # refused for this generation: the loop goes on delivering
+            # Refused for this generation: the loop goes on delivering.
+            if isinstance(miss.catch, Catch) and not vector.assign_errno:
                 self._settler.put(miss._replace(caught=True))
                 return
         elif result not in _MOOT:
             log.warning("cannot deliver", vector=vector.id, error=os.strerror(result), op=miss.catch.describe())
             self._back_off(vector)
             return
-        self._watch.arm(miss.eventfd)
+        self._watched.answered(vector)
 
     def _back_off(self, vector: Vector) -> None:
         """Leave an event that cannot be delivered in its eventfd, and look again later: never spin."""
         delay = self._delays.get(vector.id, BACK_OFF_MIN_S)
         self._delays[vector.id] = min(2 * delay, BACK_OFF_MAX_S)
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._later, delay, self._watch_again, vector)
+        self._loop.call_soon_threadsafe(self._later, delay, self._watched.answered, vector)
 
     def _later(self, delay_s: float, function: Callable[..., None], *arguments: object) -> None:
         def unless_closed() -> None:
@@ -341,23 +329,21 @@ class Router:
         for miss, result in zip(late, self._executor.run([miss.catch for miss in late]), strict=True):
             self._caught(miss, result)
         settling = [miss for miss in misses if miss.caught]
-        self._run_settling([miss.settling for miss in settling])
+        self._run_settling([miss.catch for miss in settling])
         for miss in settling:
-            self._watch.arm(miss.eventfd)
+            self._watched.answered(miss.vector)
 
     # --- small parts ---------------------------------------------------------------------------------------------
 
     def _assign_new(self, vectors: list[Vector]) -> None:
         """Translate new vectors, quietly, and assign those for which that succeeds."""
         decisions = [self._decide(vector) for vector in vectors if vector.state is not State.MASKED]
-        for op, result in self._run_settling([settling for _, settling in decisions]):
+        for op, result in self._run_settling(decisions):
             raise KernelError(result, _call_of(op), f"vector {op.vector}")
 
-    def _run_settling(
-        self, settlings: Sequence[tuple[SetRoute, Assign] | tuple[()]]
-    ) -> list[tuple[SetRoute | Assign, int]]:
+    def _run_settling(self, caught: Iterable[Catch | CatchFault]) -> list[tuple[SetRoute | Assign, int]]:
         """All routes first, so that one table write serves them; then the irqfds. Returns what the kernel refused."""
-        pairs = [pair for pair in settlings if pair]
+        pairs = [settle(catch) for catch in caught if isinstance(catch, Catch)]
         batch: list[SetRoute | Assign] = [route for route, _ in pairs]
         batch += [assign for _, assign in pairs]
         results = zip(batch, self._executor.run(batch), strict=True)
@@ -366,18 +352,10 @@ class Router:
             log.warning("not assigned", vector=op.vector, call=_call_of(op), error=os.strerror(result))
         return refused
 
-    def _watch_again(self, vector: Vector) -> None:
-        eventfd = self._eventfds.get(vector.id)
-        if eventfd is not None:
-            self._watch.arm(eventfd)
-
-    def _unwatched(self, vectors: Iterable[Vector]) -> list[Vector]:
-        """Forget the descriptors of ``vectors`` before they are closed: their numbers may be reused at once."""
-        gone = list(vectors)
+    def _forgotten(self, vectors: Iterable[Vector]) -> list[Vector]:
+        gone = self._executor.known(vectors)
         for vector in gone:
-            eventfd = self._eventfds.pop(vector.id, None)
-            if eventfd is not None:
-                del self._watched[eventfd.fileno()]
+            self._watched.forget(vector)
             self._delays.pop(vector.id, None)
         return gone
 
@@ -389,11 +367,75 @@ class Router:
             )
 
 
+class _Watched:
+    """The eventfds of the vectors in the epoll set, and who has fired and was not answered yet.
+
+    What has fired is never armed before it has been answered, so a vector has one miss on its way at most. Harvesting,
+    answering and looking again exclude one another: between two of them a wake-up could be lost or come twice.
+    """
+
+    def __init__(self, watch_set: WatchSet) -> None:
+        self._set = watch_set
+        self._by_fd: dict[int, Vector] = {}
+        self._eventfds: dict[Vector, Eventfd] = {}
+        self._unanswered: set[Vector] = set()
+        self._lock = threading.Lock()
+
+    def fileno(self) -> int:
+        """Readable while there is something to harvest."""
+        return self._set.fileno()
+
+    def add(self, vector: Vector, eventfd: Eventfd) -> None:
+        """Watch ``eventfd`` for ``vector``."""
+        with self._lock:
+            self._by_fd[eventfd.fileno()] = vector
+            self._eventfds[vector] = eventfd
+            self._set.arm(eventfd)
+
+    def forget(self, vector: Vector) -> None:
+        """Forget the descriptor before it is closed: its number may be reused at once."""
+        with self._lock:
+            eventfd = self._eventfds.pop(vector, None)
+            if eventfd is not None:
+                del self._by_fd[eventfd.fileno()]
+                self._unanswered.discard(vector)
+
+    def harvest(self) -> list[Vector]:
+        """The vectors that fired, to be answered. A masked one stays pending, until it is looked at again."""
+        with self._lock:
+            fired = [self._by_fd[fd] for fd in self._set.harvest(HARVEST_MAX) if fd in self._by_fd]
+            fired = [vector for vector in fired if vector.state is not State.MASKED]
+            self._unanswered.update(fired)
+            return fired
+
+    def answered(self, vector: Vector) -> None:
+        """Watch again a vector that was harvested."""
+        with self._lock:
+            self._unanswered.discard(vector)
+            self._arm(vector)
+
+    def look_again(self, vector: Vector) -> None:
+        """Watch a vector that may have been masked when it fired."""
+        with self._lock:
+            if vector not in self._unanswered:
+                self._arm(vector)
+
+    def close(self) -> None:
+        """Close the set."""
+        self._set.close()
+
+    def _arm(self, vector: Vector) -> None:
+        eventfd = self._eventfds.get(vector)
+        if eventfd is not None:
+            self._set.arm(eventfd)
+
+
 class _Settler:
     """A thread that carries out what must not be done on the loop's; whatever has gathered by then is one batch."""
 
-    def __init__(self, settle: Callable[[Sequence[_Miss]], None]) -> None:
+    def __init__(self, settle: Callable[[Sequence[_Miss]], None], give_up: Callable[[Vector], None]) -> None:
         self._settle = settle
+        self._give_up = give_up
         self._waiting: deque[_Miss] = deque()
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="irqrouter-settler", daemon=True)
@@ -422,7 +464,13 @@ class _Settler:
         while going:
             going = self._wake.get()
             while self._waiting:  # settling a late catch leaves more
-                self._settle([self._waiting.popleft() for _ in range(len(self._waiting))])
+                misses = [self._waiting.popleft() for _ in range(len(self._waiting))]
+                try:
+                    self._settle(misses)
+                except Exception:
+                    log.exception("settling failed")  # a bug, in us or in on_fault: these must not be forgotten
+                    for miss in misses:
+                        self._give_up(miss.vector)
 
 
 def _call_of(op: SetRoute | Assign) -> str:

@@ -22,6 +22,9 @@ from irqrouter.errors import InternalError
 class State(enum.Enum):
     """Where a vector is in its life."""
 
+    # TABLE hashes a state and an event at every step, and Enum's own __hash__ is Python code. Members are unique.
+    __hash__ = object.__hash__
+
     #: The kernel delivers, posted where the host can.
     ASSIGNED = "assigned"
     #: Userspace watches the eventfd.
@@ -34,6 +37,8 @@ class State(enum.Enum):
 
 class Event(enum.Enum):
     """What happened to a vector, as a fact."""
+
+    __hash__ = object.__hash__  # as in State
 
     #: The guest's IOMMU dropped a translation this vector may have been made with.
     INVALIDATED = "invalidated"

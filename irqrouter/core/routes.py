@@ -5,7 +5,7 @@ write it. This is that party's book-keeping; it writes nothing itself.
 """
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 from irqrouter.errors import CallerError
 from irqrouter.x86.msi import Message
@@ -26,6 +26,7 @@ class RouteTable:
         self._wanted: dict[int, Message] = {}
         self._accepted: dict[int, Message] = {}
         self._changed: set[int] = set()
+        self._in_doubt: Set[int] = set()
 
     def allocate(self) -> int:
         """Give out the lowest free GSI; raise :class:`GsiExhaustedError` when there is none."""
@@ -65,48 +66,58 @@ class RouteTable:
             self.set(gsi, route)
         self._foreign = set(routes)
 
-    @property
     def changes(self) -> dict[int, Message | None]:
-        """What differs from the table the kernel last accepted; None where a route goes."""
+        """What is wanted otherwise than the kernel last accepted it, or may have it; None where a route goes."""
         return {gsi: self._wanted.get(gsi) for gsi in self._changed}
 
-    @property
-    def changed(self) -> bool:
-        """Whether a write is due."""
-        return bool(self._changed)
+    def begin_write(self) -> dict[int, Message | None]:
+        """The changes, to be written now.
+
+        Ends with :meth:`accept` or :meth:`refuse`; one write at a time. Until then nothing is known of what the kernel
+        has for these GSIs.
+        """
+        changes = self.changes()
+        self._in_doubt = changes.keys()
+        return changes
+
+    def has(self, gsi: int) -> bool:
+        """Whether the kernel has what is wanted for ``gsi``."""
+        return gsi not in self._changed
 
     def accepted(self, gsi: int) -> Message | None:
         """The route of ``gsi`` in the table the kernel last accepted."""
         return self._accepted.get(gsi)
 
-    def accept(self) -> None:
-        """The kernel took the table with every change in it."""
-        for gsi in self._changed:
-            route = self._wanted.get(gsi)
+    def accept(self, changes: Mapping[int, Message | None]) -> None:
+        """The kernel took the table with ``changes`` in it. What was wanted since then is a change still."""
+        self._in_doubt = set()
+        for gsi, route in changes.items():
             if route is None:
                 self._accepted.pop(gsi, None)
             else:
                 self._accepted[gsi] = route
-        self._changed.clear()
+            self._compare(gsi)
 
-    def refuse(self) -> list[int]:
-        """The kernel refused the table: forget the routes that were to be set, and return their GSIs.
+    def refuse(self, changes: Mapping[int, Message | None]) -> list[int]:
+        """The kernel refused the table: forget those ``changes`` that set a route, and return their GSIs.
 
         Drops stay wanted. Keeping a refused route would make it fail every later write, whoever's it was.
         """
-        refused = [gsi for gsi in self._changed if gsi in self._wanted]
+        self._in_doubt = set()
+        refused = [gsi for gsi, route in changes.items() if route is not None and self._wanted.get(gsi) == route]
         for gsi in refused:
             old = self._accepted.get(gsi)
             if old is None:
                 del self._wanted[gsi]
             else:
                 self._wanted[gsi] = old
-            self._changed.discard(gsi)
+        for gsi in changes:
+            self._compare(gsi)
         self._foreign &= self._wanted.keys()
         return refused
 
     def _compare(self, gsi: int) -> bool:
-        if self._wanted.get(gsi) == self._accepted.get(gsi):
+        if gsi not in self._in_doubt and self._wanted.get(gsi) == self._accepted.get(gsi):
             self._changed.discard(gsi)
             return True
         self._changed.add(gsi)

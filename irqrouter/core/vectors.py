@@ -214,18 +214,20 @@ class Vectors:
         return self._last_generation
 
 
-def decide(
-    vector: VectorId, generation: Generation, outcome: Message | Fault
-) -> tuple[Catch | CatchFault, tuple[SetRoute, Assign] | tuple[()]]:
-    """What to do about an event on a deassigned vector, given what its request translates to: now, and after that.
+def decide(vector: VectorId, generation: Generation, outcome: Message | Fault) -> Catch | CatchFault:
+    """What to do at once about an event on a deassigned vector, given what its request translates to.
 
-    ``generation`` is the vector's, sampled before the first byte of the guest's tables was read. The event is caught
-    first, at once; the route and the irqfd follow, so that the first interrupt never waits for a table write. After a
-    fault nothing follows: the vector stays deassigned.
+    ``generation`` is the vector's, sampled before the first byte of the guest's tables was read.
     """
     if isinstance(outcome, Fault):
-        return CatchFault(vector, generation, outcome), ()
-    return (
-        Catch(vector, generation, outcome),
-        (SetRoute(vector, generation, outcome), Assign(vector, generation)),
-    )
+        return CatchFault(vector, generation, outcome)
+    return Catch(vector, generation, outcome)
+
+
+def settle(catch: Catch) -> tuple[SetRoute, Assign]:
+    """What follows a catch, so that the kernel delivers the next event: the route and the irqfd.
+
+    They come after it so that the first interrupt never waits for a table write. After a fault nothing follows: the
+    vector stays deassigned.
+    """
+    return SetRoute(catch.vector, catch.generation, catch.delivery), Assign(catch.vector, catch.generation)

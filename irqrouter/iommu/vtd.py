@@ -304,7 +304,9 @@ def source_accepted(irte: Irte, requester: int) -> bool:
 
 def entry(index: int) -> Scope:
     """The scope of one IRTE."""
-    return entries(index, 0)
+    if not 0 <= index < UNINDEXED:
+        raise SpecError(f"IIDX {index:#x}", "must fit 16 bits")
+    return Scope(index, index)
 
 
 def entries(index: int, mask: int) -> Scope:

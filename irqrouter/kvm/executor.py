@@ -2,8 +2,9 @@
 
 Two kinds of callers meet here. The loop decides about events that fired and passes *batches* (:meth:`Executor.run`).
 The VMM's own threads, vCPUs mostly, say what the guest did through *verbs* (:meth:`Executor.invalidate`, ``mask``,
-``program``, ...), which are true when they return. One lock orders the two; it is held for one operation at a time and
-handed over in order, so a vCPU waits for one operation at most.
+``program``, ...), which are true when they return. One lock orders the two. It is handed over in order and given up
+between two operations, so a vCPU waits for one operation at most; and for no table write, which holds a lock of its
+own.
 
 What a batch decided is checked against the vector as it is now: an older generation is refused with ``ESTALE``, and
 ``Catch``, ``CatchFault`` and ``Assign`` are refused unless the vector is deassigned. A batch ends by writing the
@@ -13,6 +14,7 @@ Works on any kernel of ``kvm/port.py``: the real one, and the simulated one.
 """
 
 import errno
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from irqrouter.core.machine import Event, Row, State
@@ -53,6 +55,7 @@ class Executor:
         self._record_fault = record_fault
         self._translate = translate
         self._lock = FairLock()
+        self._writing = threading.Lock()  # one table write at a time, so that the kernel has the latest; see there
         self._vectors = Vectors(RouteTable(vm.pins, vm.routes_max))
         self._eventfds: dict[int, Eventfd] = {}
         self._identities: set[int] = set()
@@ -86,12 +89,11 @@ class Executor:
         When this returns, no event signalled afterwards is delivered, or turned into a fault, by a translation read
         before it: only now may the guest be told that its invalidation is complete.
         """
+        failure: KernelError | None = None
         with self._lock:
             matching = self._vectors.matching(scope)
-        failure: KernelError | None = None
-        for vector in matching:
-            with self._lock:
-                if vector.state is State.REMOVED:
+            for vector in matching:
+                if vector.state is State.REMOVED:  # while we gave way
                     continue
                 vector.invalidations += 1
                 try:
@@ -100,6 +102,7 @@ class Executor:
                         self._serve(vector)
                 except KernelError as error:  # the others must still be deassigned
                     failure = error
+                self._lock.give_way()
         if failure is not None:
             raise failure
         return len(matching)
@@ -117,16 +120,19 @@ class Executor:
     def program(self, vector: Vector, request: Request, cookie: Cookie) -> None:
         """Give ``vector`` another message. Its next event goes through a fresh translation."""
         with self._lock:
-            self._happen(self._vectors.known(vector), Event.PROGRAMMED)
-            self._vectors.program(vector, request, cookie)
+            # The message first, the generation second: the loop samples them the other way round, without the lock.
+            self._vectors.program(self._vectors.known(vector), request, cookie)
+            self._happen(vector, Event.PROGRAMMED)
 
     def remove(self, vectors: Iterable[Vector]) -> None:
         """Deassign and forget ``vectors``, with one table write for all of them. An event still pending is gone."""
         failure: KernelError | None = None
         for vector in list(vectors):
             with self._lock:
+                if vector.state is State.REMOVED:  # by somebody else, just now
+                    continue
                 try:
-                    self._happen(self._vectors.known(vector), Event.REMOVED)
+                    self._happen(vector, Event.REMOVED)
                 except KernelError as error:  # a VM that is gone (EIO): the rest must be released all the same
                     failure = error
                     self._drop_route(vector)
@@ -134,10 +140,14 @@ class Executor:
                 self._identities.discard(eventfd.identity)
                 self._vectors.forget(vector)
                 eventfd.close()
-        with self._lock:
-            self._write_routes()  # if refused, the dropped routes lead nowhere, and go with the next write
+        self._write_routes()  # if refused, the dropped routes lead nowhere, and go with the next write
         if failure is not None:
             raise failure
+
+    def known(self, vectors: Iterable[Vector]) -> list[Vector]:
+        """``vectors``, or :class:`~irqrouter.core.vectors.VectorGoneError` if one was removed or is another's."""
+        with self._lock:
+            return [self._vectors.known(vector) for vector in vectors]
 
     def set_foreign_routes(self, routes: Mapping[int, Message]) -> None:
         """Replace the routes that are the VMM's own, I/OAPIC pins for example. They must go in through here.
@@ -146,7 +156,7 @@ class Executor:
         """
         with self._lock:
             self._vectors.routes.set_foreign(routes)
-            failed = self._write_routes()
+        failed = self._write_routes()
         if failed:
             raise KernelError(failed, "KVM_SET_GSI_ROUTING", "the VMM's own routes")
 
@@ -180,17 +190,16 @@ class Executor:
             if op.vector in failed:
                 errnos.append(errno.ECANCELED)
                 continue
+            if isinstance(op, Assign):
+                refused = self._write_routes() or refused
             with self._lock:
-                if isinstance(op, Assign):
-                    refused = self._write_routes() or refused
                 result = self._carry_out(op)
             if result == errno.ENXIO and refused:
                 result = refused
             errnos.append(result)
             if result:
                 failed.add(op.vector)
-        with self._lock:
-            refused = self._write_routes() or refused
+        refused = self._write_routes() or refused
         if refused:
             self._blame(batch, errnos, refused)
         return errnos
@@ -215,17 +224,47 @@ class Executor:
                 if vector is None or vector.accepted_generation != op.generation:
                     errnos[index] = refused
 
+    def _write_routes(self) -> int:
+        """Write the table if it differs from what the kernel accepted; an errno. The lock must not be held.
+
+        The write waits for a grace period, for a millisecond or more where there are thousands of routes, and holds
+        no lock but the writers' own meanwhile. Nothing depends on the table during it: an irqfd is assigned only
+        after its route was accepted, and deassigned before its route is dropped. A refused write leaves the old
+        routes live: the vectors whose routes were to change are deassigned.
+        """
+        with self._writing:
+            with self._lock:
+                routes = self._vectors.routes
+                changes = routes.begin_write()
+                if not changes:
+                    return 0
+            try:
+                self._vm.set_gsi_routing(changes)
+            except (KernelError, CallerError) as error:
+                code = error.errno if isinstance(error, KernelError) else errno.EINVAL
+                with self._lock:
+                    self._refuse_routes(routes.refuse(changes), code)
+                return code
+            with self._lock:
+                routes.accept(changes)
+                for gsi in changes:
+                    vector = self._vectors.routed_at(gsi)
+                    # Otherwise the vector has been given another route during the write, which the next one brings.
+                    if vector is not None and routes.has(gsi):
+                        vector.accepted_generation = vector.routed_generation
+        return 0
+
     # --- one operation each, with the lock held. -----------------------------------------------------------------
 
     def _carry_out(self, op: Op) -> int:
         vector = self._vectors.find(op.vector)
-        if isinstance(op, Deassign):
-            return self._deassign(vector) if vector is not None else errno.ESTALE
-        if isinstance(op, DropRoute):
-            return self._drop_route(vector) if vector is not None else errno.ESTALE
-        refusal = self._vectors.refusal(vector, op)
         if vector is None:
-            return refusal
+            return errno.ESTALE
+        if isinstance(op, Deassign):
+            return self._deassign(vector)
+        if isinstance(op, DropRoute):
+            return self._drop_route(vector)
+        refusal = self._vectors.refusal(vector, op)
         if refusal:
             if refusal == errno.ESTALE:
                 vector.stale += 1
@@ -267,8 +306,8 @@ class Executor:
 
     def _set_route(self, vector: Vector, route: Message) -> int:
         vector.routed_generation = vector.generation
-        if self._vectors.routes.set(vector.gsi, route):
-            vector.accepted_generation = vector.generation
+        known = self._vectors.routes.set(vector.gsi, route)
+        vector.accepted_generation = vector.generation if known else 0
         return 0
 
     def _catch(self, vector: Vector, delivery: Message) -> int:
@@ -294,7 +333,8 @@ class Executor:
             return errno.EAGAIN
         if fault.recorded:
             self._record_fault(vector, fault)
-        eventfd.read()
+        if eventfd.read() > 1 and fault.recorded:
+            self._record_fault(vector, fault)  # an event may have come after the record, and this took it too
         self._vectors.happen(vector, Event.FAULT_CAUGHT)
         vector.faults += 1
         vector.lost_races = 0
@@ -314,35 +354,16 @@ class Executor:
         self._vectors.happen(vector, Event.ASSIGNED)
         return 0
 
-    def _write_routes(self) -> int:
-        """Write the table if it differs from what the kernel accepted; an errno.
-
-        A refused write leaves the old routes live: the vectors whose routes were to change are deassigned.
-        """
-        routes = self._vectors.routes
-        changes = routes.changes
-        if not changes:
-            return 0
-        try:
-            self._vm.set_gsi_routing(changes)
-        except (KernelError, CallerError) as error:
-            code = error.errno if isinstance(error, KernelError) else errno.EINVAL
-            for gsi in routes.refuse():
-                vector = self._vectors.routed_at(gsi)
-                if vector is not None:
-                    self._happen(vector, Event.ROUTE_REFUSED)
-                    vector.assign_errno = code
-            return code
-        routes.accept()
-        for gsi in changes:
+    def _refuse_routes(self, gsis: list[int], code: int) -> None:
+        for gsi in gsis:
             vector = self._vectors.routed_at(gsi)
-            if vector is not None and routes.accepted(gsi) is not None:
-                vector.accepted_generation = vector.routed_generation
-        return 0
+            if vector is not None:
+                self._happen(vector, Event.ROUTE_REFUSED)
+                vector.assign_errno = code
 
     def _serve(self, vector: Vector) -> None:
         """Deliver a pending event here and now: the loop's decisions about it keep coming too late."""
         if vector.state is State.DEASSIGNED:
-            catch, _ = decide(vector.id, vector.generation, self._translate(vector.request))
+            catch = decide(vector.id, vector.generation, self._translate(vector.request))
             if isinstance(catch, Catch):  # a fault is left to the loop, which reads the entry twice
                 self._carry_out(catch)

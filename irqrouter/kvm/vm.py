@@ -1,5 +1,6 @@
 """The VM: KVM's VM-wide ioctls on the real kernel."""
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -8,7 +9,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from irqrouter.errors import CallerError, IrqrouterError, KernelError, SpecError
 from irqrouter.kvm.abi import (
@@ -131,6 +132,7 @@ class KvmVm:
         # The table as the kernel last accepted it, kept as the bytes that the ioctl takes: `_routes` says what is in
         # it and `_slots` where. The order of entries means nothing to KVM, so a dropped one is filled by the last.
         self._image = bytearray(KVM_IRQ_ROUTING_STRUCT.size + self._routes_max * KVM_IRQ_ROUTING_ENTRY_STRUCT.size)
+        self._argument = (ctypes.c_char * len(self._image)).from_buffer(self._image)
         self._routes: dict[int, Message] = {}
         self._slots: dict[int, int] = {}
         self._order: list[int] = []
@@ -202,7 +204,7 @@ class KvmVm:
         an irqfd already: of any VM since Linux 6.17, of this one before.
         """
         try:
-            fcntl.ioctl(self._fd, KVM_IRQFD, KVM_IRQFD_STRUCT.pack(eventfd.fileno(), gsi, 0, 0))
+            fcntl.ioctl(self._fd, KVM_IRQFD, bytearray(KVM_IRQFD_STRUCT.pack(eventfd.fileno(), gsi, 0, 0)))
         except _REFUSED as error:
             raise _refusal(error, "KVM_IRQFD", f"eventfd {eventfd.fileno()} at gsi {gsi}") from error
 
@@ -213,7 +215,9 @@ class KvmVm:
         times several ms. Succeeds when nothing matched.
         """
         try:
-            fcntl.ioctl(self._fd, KVM_IRQFD, KVM_IRQFD_STRUCT.pack(eventfd.fileno(), gsi, KVM_IRQFD_FLAG_DEASSIGN, 0))
+            # A bytearray, as everywhere: fcntl.ioctl tries for a writable buffer first, and fails slowly on bytes.
+            argument = bytearray(KVM_IRQFD_STRUCT.pack(eventfd.fileno(), gsi, KVM_IRQFD_FLAG_DEASSIGN, 0))
+            fcntl.ioctl(self._fd, KVM_IRQFD, argument)
         except _REFUSED as error:
             raise _refusal(
                 error, "KVM_IRQFD with KVM_IRQFD_FLAG_DEASSIGN", f"eventfd {eventfd.fileno()} at gsi {gsi}"
@@ -261,7 +265,7 @@ class KvmVm:
             before = {gsi: self._routes.get(gsi) for gsi in changes}
             self._edit_image(changes)
             try:
-                fcntl.ioctl(self._fd, KVM_SET_GSI_ROUTING, self._image)
+                _large_ioctl(self._fd, KVM_SET_GSI_ROUTING, self._argument)
             except _REFUSED as error:
                 self._edit_image(before)
                 raise _refusal(error, "KVM_SET_GSI_ROUTING", f"{len(before)} changed routes") from error
@@ -331,6 +335,17 @@ class KvmVm:
             return fcntl.ioctl(self._fd, request, argument)
         except _REFUSED as error:
             raise _refusal(error, call, what) from error
+
+
+_libc_ioctl: Final = ctypes.CDLL(None, use_errno=True).ioctl
+_libc_ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
+
+
+def _large_ioctl(fd: int, request: int, argument: ctypes.Array[ctypes.c_char]) -> None:
+    # For an argument above 1024 bytes fcntl.ioctl keeps the GIL (Modules/fcntlmodule.c:fcntl_ioctl_impl), and to write
+    # a large table takes a millisecond or more: every thread would wait, the loop's first of all.
+    if _libc_ioctl(fd, request, argument) < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 # How an ioctl, or packing its argument, fails: ValueError is a closed descriptor's, the last two are a field's.

@@ -22,25 +22,25 @@ def test_allocate_gives_the_lowest_free_above_the_pins_up_to_the_limit() -> None
 def test_set_what_the_kernel_has_is_no_change() -> None:
     table = RouteTable(24, 4096)
     assert not table.set(24, X)
-    assert table.changes == {24: X}
-    table.accept()
+    assert table.changes() == {24: X}
+    table.accept(table.begin_write())
     assert table.set(24, X)
-    assert not table.changed
+    assert not table.changes()
     assert not table.set(24, Y)
     assert table.set(24, X), "changed back before any write: nothing is due"
-    assert not table.changed
+    assert not table.changes()
 
 
 def test_refuse_forgets_sets_and_keeps_drops() -> None:
     table = RouteTable(24, 4096)
     table.set(24, X)
     table.set(25, X)
-    table.accept()
+    table.accept(table.begin_write())
     table.set(24, Y)
     table.drop(25)
     table.set(26, Y)
-    assert sorted(table.refuse()) == [24, 26]
-    assert table.changes == {25: None}
+    assert sorted(table.refuse(table.begin_write())) == [24, 26]
+    assert table.changes() == {25: None}
     assert (table.accepted(24), table.accepted(25), table.accepted(26)) == (X, X, None)
     assert table.set(24, X)
 
@@ -53,10 +53,10 @@ def test_foreign_routes_never_meet_ours() -> None:
         table.set_foreign({26: X})
     with pytest.raises(CallerError, match="gsi 4096: must be below 4096"):
         table.set_foreign({4096: X})
-    assert table.changes == {3: X, 25: Y}
-    table.accept()
+    assert table.changes() == {3: X, 25: Y}
+    table.accept(table.begin_write())
     table.set_foreign({3: Y})
-    assert table.changes == {3: Y, 25: None}
+    assert table.changes() == {3: Y, 25: None}
     assert table.allocate() == 25
 
 
@@ -74,12 +74,44 @@ def test_table_any_history_changes_are_exactly_wanted_minus_accepted(history: li
             wanted.pop(gsi, None)
             table.drop(gsi)
         elif what == "accept":
-            table.accept()
+            table.accept(table.begin_write())
             accepted = dict(wanted)
         else:
-            table.refuse()
+            table.refuse(table.begin_write())
             wanted = {g: accepted[g] for g in wanted if g in accepted}
-        assert table.changes == {
+        assert table.changes() == {
             g: wanted.get(g) for g in wanted.keys() | accepted.keys() if wanted.get(g) != accepted.get(g)
         }
         assert {g: table.accepted(g) for g in range(24, 32) if table.accepted(g)} == accepted
+
+
+def test_accept_of_a_snapshot_leaves_what_was_wanted_during_the_write() -> None:
+    table = RouteTable(24, 4096)
+    table.set(24, X)
+    table.set(25, X)
+    written = table.begin_write()
+    table.set(24, Y)
+    table.drop(25)
+    table.accept(written)
+    assert (table.has(24), table.has(25)) == (False, False)
+    assert table.changes() == {24: Y, 25: None}
+
+
+def test_refuse_of_a_snapshot_keeps_what_was_wanted_during_the_write() -> None:
+    table = RouteTable(24, 4096)
+    table.set(24, X)
+    written = table.begin_write()
+    table.set(24, Y)
+    assert table.refuse(written) == []
+    assert table.changes() == {24: Y}
+
+
+def test_set_during_a_write_is_never_taken_for_what_the_kernel_has() -> None:
+    table = RouteTable(24, 4096)
+    table.set(24, X)
+    table.accept(table.begin_write())
+    table.drop(24)
+    written = table.begin_write()
+    assert not table.set(24, X), "the kernel had it, and is about to lose it"
+    table.accept(written)
+    assert table.changes() == {24: X}

@@ -5,7 +5,7 @@ import pytest
 from irqrouter.core.machine import Event, State
 from irqrouter.core.ops import Assign, Catch, CatchFault, Deassign, DropRoute, SetRoute
 from irqrouter.core.routes import GsiExhaustedError, RouteTable
-from irqrouter.core.vectors import Vector, VectorGoneError, Vectors, decide
+from irqrouter.core.vectors import Vector, VectorGoneError, Vectors, decide, settle
 from irqrouter.iommu.vtd import FaultReason, VtdFault
 from irqrouter.scope import EVERYTHING, Scope
 from irqrouter.x86.msi import Message, Request
@@ -23,13 +23,17 @@ def add(vectors: Vectors, cookie: int = 5, *, masked: bool = False) -> Vector:
     return vectors.add(REQUEST, cookie, None, masked=masked)
 
 
-def test_decide_on_a_message_catches_first_then_routes_then_assigns() -> None:
-    assert decide(3, 7, X) == (Catch(3, 7, X), (SetRoute(3, 7, X), Assign(3, 7)))
+def test_decide_on_a_message_catches_it() -> None:
+    assert decide(3, 7, X) == Catch(3, 7, X)
+
+
+def test_settle_after_a_catch_routes_then_assigns() -> None:
+    assert settle(Catch(3, 7, X)) == (SetRoute(3, 7, X), Assign(3, 7))
 
 
 def test_decide_on_a_fault_only_catches_it() -> None:
     fault = VtdFault(requester=0x18, recorded=True, reason=FaultReason(0x22), index=5)
-    assert decide(3, 7, fault) == (CatchFault(3, 7, fault), ())
+    assert decide(3, 7, fault) == CatchFault(3, 7, fault)
 
 
 def test_refusal_of_what_was_decided_before_a_change_is_stale(vectors: Vectors) -> None:

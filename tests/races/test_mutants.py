@@ -13,7 +13,8 @@ from irqrouter.core.machine import TABLE, Event, Row, State
 from irqrouter.core.ops import Assign, Catch, CatchFault, Op, SetRoute
 from irqrouter.core.vectors import Vector, Vectors, decide
 from irqrouter.errors import KernelError
-from irqrouter.eventfd_loop import Router
+from irqrouter.eventfd_loop import Router, _Watched
+from irqrouter.iommu.fault import Fault
 from irqrouter.kvm.executor import Executor
 from irqrouter.kvm.simulated import SimulatedEventfd, SimulatedVm
 from irqrouter.scope import Cookie
@@ -165,7 +166,9 @@ def deassign_after_the_route_change(patch: Patch) -> None:
         row = self._vectors.happen(vector, event)
         if row.drop_route:
             self._vectors.routes.drop(vector.gsi)
+            self._lock.release()
             self._write_routes()
+            self._lock.acquire()
         if row.deassign:
             self._vm.irqfd_deassign(self._eventfds[vector.id], vector.gsi)
         return row
@@ -202,7 +205,7 @@ def invalidation_without_deassign(patch: Patch) -> None:
 
 def unmasked_and_not_watched(patch: Patch) -> None:
     """Unmask does not look for what is pending."""
-    patch.setattr(Router, "_watch_again", lambda self, vector: None)
+    patch.setattr(_Watched, "look_again", lambda self, vector: None)
 
 
 def settled_and_not_watched(patch: Patch) -> None:
@@ -223,6 +226,30 @@ def settled_and_not_watched(patch: Patch) -> None:
     patch.setattr(Router, "_run_settling", forget)
     patch.setattr(Router, "_settle", silent)
     patch.setattr(Router, "_assign_new", lambda self, vectors: None)
+
+
+def generation_before_the_message(patch: Patch) -> None:
+    """A reprogrammed vector is renewed, and deassigned, before it has its new message."""
+
+    def program(self: Executor, vector: Vector, request: Request, cookie: Cookie) -> None:
+        with self._lock:
+            self._happen(vector, Event.PROGRAMMED)
+            self._vectors.program(vector, request, cookie)
+
+    patch.setattr(Executor, "program", program)
+
+
+def one_record_for_all_it_takes(patch: Patch) -> None:
+    """An event that comes between the fault's record and the read is taken with the rest."""
+
+    def catch_fault(self: Executor, vector: Vector, fault: Fault) -> int:
+        if not self._eventfds[vector.id].pending():
+            return errno.EAGAIN
+        self._record_fault(vector, fault)
+        self._eventfds[vector.id].read()
+        return 0
+
+    patch.setattr(Executor, "_catch_fault", catch_fault)
 
 
 class _ForgottenError(Exception):
@@ -247,6 +274,8 @@ MUTANTS: list[tuple[Callable[[Patch], None], set[str]]] = [
     (invalidation_without_deassign, {"I2"}),
     (unmasked_and_not_watched, {"I1"}),
     (settled_and_not_watched, {"I1"}),
+    (generation_before_the_message, {"I2"}),
+    (one_record_for_all_it_takes, {"I1"}),
 ]
 NAMES = [
     "catch_split_in_two",

@@ -117,6 +117,27 @@ def reprogrammed(choices: Choices) -> None:
         world.run(guest=guest(world, device))
 
 
+def reprogrammed_assigned(choices: Choices) -> None:
+    """Another MSI for a vector that the kernel serves, while events come."""
+
+    def guest(world: World, book: Book) -> Iterator[None]:
+        world.program(book, 6)
+        yield
+
+    with World(choices) as world:
+        device = world.add("v", 5)
+        world.run(device=fires(world, device, 2), guest=guest(world, device))
+
+
+def stays_broken(choices: Choices) -> None:
+    """Events on an entry that is invalid: a record for each that came after the last."""
+    with World(choices) as world:
+        device = world.add("v", 5)
+        world.write(5, valid=False)
+        world.invalidate(5)
+        world.run(device=fires(world, device, 3))
+
+
 def gsi_reused(choices: Choices) -> None:
     """A vector goes while it is being served, and another takes its GSI."""
 
@@ -236,6 +257,8 @@ WORLDS: list[Callable[[Choices], None]] = [
     mask_and_unmask,
     stays_masked,
     reprogrammed,
+    reprogrammed_assigned,
+    stays_broken,
     gsi_reused,
     descriptor_reused,
     table_write_fails,

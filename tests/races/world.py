@@ -16,13 +16,15 @@ from irqrouter.kvm.port import Eventfd
 from irqrouter.kvm.simulated import SimulatedKernel, SimulatedVm
 from irqrouter.scope import Cookie, Scope
 from irqrouter.x86.msi import Message, Request
-from tests.races.explorer import Actor, Choices, InvariantBrokenError, Script
+from tests.races.explorer import Actor, Choices, ImpossibleError, InvariantBrokenError, Script
 
 VCPUS = 8
 FIRST_VECTOR = 0x20
 #: How often in one run somebody is interrupted in the middle of a step, by any number of steps of others. Each known
 #: race needs one.
 PREEMPTIONS = 1
+#: Actors that never wait for the executor's lock.
+NEVER_WAIT = frozenset({"device", "the loop turns", "a timer runs out"})
 
 
 @dataclass
@@ -74,6 +76,7 @@ class World:
         self.executor = self.router._executor
         self.lock = PointLock(self)
         self.executor._lock = self.lock  # type: ignore[assignment]
+        self.executor._writing = _WritersLock()  # type: ignore[assignment]
         self.timers: list[Callable[[], None]] = []
         self.router._loop = _Timers(self)  # type: ignore[assignment]
         self._actors: list[Actor] = [_Loop(self), _Settler(self), _Timer(self)]
@@ -166,7 +169,7 @@ class World:
     def point(self) -> None:
         """Others may take steps here, as many as they like: once begun, that is one preemption.
 
-        While the executor's lock is held, only devices may: they do not ask for it.
+        While the executor's lock is held, only those may who do not wait for it: devices, and the loop.
         """
         first = True
         while self._may_interrupt(first) and (enabled := self._enabled(self.lock.held)):
@@ -186,8 +189,8 @@ class World:
     def _may_interrupt(self, first: bool) -> bool:
         return self._exploring and (not first or self._preemptions < PREEMPTIONS)
 
-    def _enabled(self, only_devices: bool = False) -> list[Actor]:
-        return [actor for actor in self._actors if actor.enabled() and (actor.name == "device" or not only_devices)]
+    def _enabled(self, without_lock: bool = False) -> list[Actor]:
+        return [actor for actor in self._actors if actor.enabled() and (actor.name in NEVER_WAIT or not without_lock)]
 
     def _take(self, actor: Actor) -> None:
         actor.step()
@@ -221,6 +224,7 @@ class World:
         del vector
         self._say("fault recorded")
         self._outcome(self._readings[fault.requester], "turned into a fault")
+        self.point()
 
     def _outcome(self, reading: Reading, how: str) -> None:
         book = reading.book
@@ -273,7 +277,7 @@ class World:
         self._exploring = False
         if kind is None:  # a broken router may break more on its way out
             self.executor.close()
-        self.router._watch.close()
+        self.router._watched.close()
 
 
 def message_of(cookie: Cookie) -> Message:
@@ -333,15 +337,19 @@ class PointLock:
         self.held = False
 
     def acquire(self, *, blocking: bool = True) -> bool:
-        assert not self.held, "a thread that waits for itself"
-        if not blocking and self._world.busy():
+        if not blocking and (self.held or self._world.busy()):
             return False
+        assert not self.held, "a thread that waits for itself"
         self.held = True
         return True
 
     def release(self) -> None:
         self.held = False
         self._world.point()
+
+    def give_way(self) -> None:
+        self.release()
+        self.acquire()
 
     def __enter__(self) -> None:
         self.acquire()
@@ -352,6 +360,21 @@ class PointLock:
         self.held = False
         if kind is None:
             self._world.point()
+
+
+class _WritersLock:
+    """The lock that table writes hold, on one thread: who would wait for it cannot be interrupting its holder."""
+
+    def __init__(self) -> None:
+        self._held = False
+
+    def __enter__(self) -> None:
+        if self._held:
+            raise ImpossibleError
+        self._held = True
+
+    def __exit__(self, kind: object, value: object, traceback: object) -> None:
+        self._held = False
 
 
 class _Part:
@@ -385,7 +408,7 @@ class _Loop(_Part):
     name = "the loop turns"
 
     def due(self) -> bool:
-        return bool(select.select([self.world.router._watch.fileno()], [], [], 0)[0])
+        return bool(select.select([self.world.router._watched.fileno()], [], [], 0)[0])
 
     def act(self) -> None:
         self.world.router._turn()
