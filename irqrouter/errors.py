@@ -55,5 +55,5 @@ class KernelError(IrqrouterError, OSError):
     def __init__(self, errno: int, call: str, object: str) -> None:  # noqa: A002 - as above
         name = _errno.errorcode.get(errno, str(errno))
         super().__init__(object, f"{call} failed: {name} ({os.strerror(errno)})")
-        self.errno = errno
+        self.errno = errno  # pyright: ignore[reportIncompatibleVariableOverride] - ours always has one
         self.call = call

@@ -55,6 +55,7 @@ OnDelivery: TypeAlias = Callable[[int, int], None]
 _FIRST_DESCRIPTOR = 1 << 20
 _COUNT_MAX = (1 << 64) - 2  # eventfd(2)
 _X2APIC_BROADCAST = 0xFFFFFFFF
+_DELIVERIES_KEPT = 1 << 16
 
 
 # --- The kernel's objects -------------------------------------------------------------------------------------------
@@ -228,7 +229,7 @@ class _Kvm:
         self.routes: dict[int, Message] = {}
         self.irqfds: list[_Irqfd] = []
         self.irr: dict[int, set[int]] = {apic_id: set() for apic_id in apic_ids}
-        self.deliveries: list[tuple[int, int]] = []
+        self.deliveries: deque[tuple[int, int]] = deque(maxlen=_DELIVERIES_KEPT)
         self.on_delivery = on_delivery
 
     def set_routes(self, routes: dict[int, Message]) -> None:
@@ -728,7 +729,7 @@ class SimulatedVm:
             return vector
 
     def deliveries(self) -> list[tuple[int, int]]:
-        """APIC id and vector of every interrupt that set an IRR bit or found it set, in order."""
+        """APIC id and vector of the last 65,536 interrupts that set an IRR bit or found it set, in order."""
         with self._host.locked():
             return list(self._kvm.deliveries)
 

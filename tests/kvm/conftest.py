@@ -13,6 +13,7 @@ from typing import Protocol
 import pytest
 
 from irqrouter.errors import KernelError
+from irqrouter.kvm.eventfd import kernel_error
 from irqrouter.kvm.port import Vm
 from irqrouter.kvm.probes import one_irqfd_per_eventfd
 from irqrouter.kvm.simulated import SimulatedKernel, SimulatedVm
@@ -62,7 +63,7 @@ class Bench(Protocol):
         ...
 
     def signal(self, fd: int, count: int = 1) -> None:
-        """What another process does."""
+        """What another process does. Raises :class:`KernelError`."""
         ...
 
     def trigger(self, fd: int) -> Callable[[], None]:
@@ -177,7 +178,10 @@ class KvmBench:
         return self._open(os.eventfd(initial, flags))
 
     def signal(self, fd: int, count: int = 1) -> None:
-        os.eventfd_write(fd, count)
+        try:
+            os.eventfd_write(fd, count)
+        except OSError as error:
+            raise kernel_error(error, "write", f"eventfd {fd}") from error
 
     def trigger(self, fd: int) -> Callable[[], None]:
         if self._aio is None:

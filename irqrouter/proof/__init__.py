@@ -1,0 +1,5 @@
+"""The proof: a real guest that counts, devices that fire, and the books that must balance.
+
+Read ``ledger.py`` first: it says what an event may become. Then ``driver.py`` (what the guest does meanwhile),
+``devices.py`` (who fires and keeps the books), ``guest.py`` (who counts) and ``scenario.py`` (all of it together).
+"""
