@@ -12,7 +12,7 @@ import uvloop
 
 from bench import report
 from bench.floor import Floor, FloorError
-from bench.workloads import GAP_S, Times, miss, selective, steady
+from bench.workloads import GAP_S, RUN, Times, miss, selective, steady
 from irqrouter.errors import IrqrouterError
 
 _DESCRIPTION = """\
@@ -20,7 +20,8 @@ Compares the router, on real VMs, with the bare system calls in C ("floor") and 
 kernel ("peer"). All run in one process and take turns, iteration by iteration, after equal idle gaps.
 
   steady      signalling an eventfd whose irqfd is assigned: with the router attached, and without one
-  selective   Router.invalidate() of one table entry among n, as the VMM's thread sees it
+  selective   Router.invalidate() of one table entry among n, as the VMM's thread sees it: per entry in a run of eight
+              ("embedded"), and of a single one ("embedded-idle")
                 floor: KVM_IRQFD deassign       peer: KVM_SET_GSI_ROUTING with all n routes, twice
   miss        from the signal on a deassigned eventfd to the MSI injected, the loop having slept
                 floor: a C thread in epoll_wait, then read and KVM_SIGNAL_MSI
@@ -72,12 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(floor: Floor, *, quick: bool) -> Iterator[Times]:
-    rounds = 6 if quick else 600
+    rounds = 6 if quick else 300
     _say("steady")
     yield steady(floor, uvloop.new_event_loop, rounds=rounds)
     for n in (64,) if quick else (64, 1024, 4000):
         _say(f"selective, n={n}")
-        yield selective(floor, uvloop.new_event_loop, n=n, rounds=rounds)
+        yield selective(floor, uvloop.new_event_loop, n=n, mode="embedded", run=RUN, rounds=rounds)
+        yield selective(floor, uvloop.new_event_loop, n=n, mode="embedded-idle", run=1, rounds=rounds)
     _say("miss")
     yield miss(floor, uvloop.new_event_loop, mode="embedded", rounds=rounds)
     _say("miss, on the stdlib's loop")

@@ -15,15 +15,17 @@ import msgspec
 from bench.floor import Catcher, Floor
 from bench.vms import ADDRESS, BareVm, RoutedVm, wait_until
 
-#: Everybody is idle for this long before each measurement: interrupts of this kind are rare, and caches are cold then.
+#: Everybody is idle for this long before each measurement.
 GAP_S: Final = 0.001
 #: Signals in one round of ``steady``.
 SIGNALS: Final = 200
+#: Entries invalidated one after the other in ``selective``: a queue pair's, or a device's, that moves to other CPUs.
+RUN: Final = 8
 #: From one invalidated vector to the next: far from the last one, and prime, so that all of them get their turn.
 _STRIDE: Final = 617
 
 Workload = Literal["steady", "selective", "miss"]
-Mode = Literal["embedded", "embedded-asyncio"]
+Mode = Literal["embedded", "embedded-idle", "embedded-asyncio"]
 
 
 class Times(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,41 +71,57 @@ def steady(floor: Floor, new_event_loop: Callable[[], asyncio.AbstractEventLoop]
         )
 
 
-def selective(floor: Floor, new_event_loop: Callable[[], asyncio.AbstractEventLoop], *, n: int, rounds: int) -> Times:
-    """Invalidate one entry of ``n``: ours, one bare deassign, and the whole table written twice."""
+def selective(
+    floor: Floor, new_event_loop: Callable[[], asyncio.AbstractEventLoop], *, n: int, mode: Mode, run: int, rounds: int
+) -> Times:
+    """Invalidate ``run`` entries of ``n``, one by one: ours, a bare deassign each, the whole table written twice each.
+
+    The times are per entry.
+    """
     ours: list[float] = []
     bare: list[float] = []
     peer: list[float] = []
+
+    def entries_of(iteration: int) -> list[int]:
+        return [(iteration * run + number) * _STRIDE % n for number in range(run)]
+
     with RoutedVm(n, new_event_loop) as routed, BareVm(n) as bare_vm, BareVm(n) as peer_vm:
 
         def invalidate_ours() -> None:
-            index = len(ours) * _STRIDE % n
-            routed.move(index)
+            entries = entries_of(len(ours))
+            for index in entries:
+                routed.move(index)
             time.sleep(GAP_S)
-            ours.append(routed.invalidate(index))
-            floor.fire(routed.eventfds[index], 0)
-            routed.wait_until_assigned(index)
+            ours.append(sum([routed.invalidate(index) for index in entries]) / run)
+            for index in entries:
+                floor.fire(routed.eventfds[index], 0)
+            for index in entries:
+                routed.wait_until_assigned(index)
 
         def deassign_bare() -> None:
-            index = len(bare) * _STRIDE % n
-            bare_vm.move(index)
-            eventfd, gsi = bare_vm.eventfds[index], bare_vm.gsis[index]
+            entries = entries_of(len(bare))
+            for index in entries:
+                bare_vm.move(index)
+            handles = [(bare_vm.eventfds[index], bare_vm.gsis[index]) for index in entries]
             time.sleep(GAP_S)
-            bare.append(floor.deassign(bare_vm.vm, eventfd, gsi))
-            floor.catch_and_assign(bare_vm.vm, eventfd, gsi, bare_vm.message(index), bare_vm.table)
+            bare.append(sum([floor.deassign(bare_vm.vm, eventfd, gsi) for eventfd, gsi in handles]) / run)
+            for index, (eventfd, gsi) in zip(entries, handles, strict=True):
+                floor.catch_and_assign(bare_vm.vm, eventfd, gsi, bare_vm.message(index), bare_vm.table)
 
         def write_peer() -> None:
-            index = len(peer) * _STRIDE % n
-            peer_vm.move(index)
+            entries = entries_of(len(peer))
+            for index in entries:
+                peer_vm.move(index)
             time.sleep(GAP_S)
-            peer.append(floor.write_table_twice(peer_vm.vm, peer_vm.table))
-            floor.signal_many(peer_vm.eventfds[index], 1)
+            peer.append(sum([floor.write_table_twice(peer_vm.vm, peer_vm.table) for _ in entries]) / run)
+            for index in entries:
+                floor.signal_many(peer_vm.eventfds[index], 1)
 
         for turn in _in_turns([invalidate_ours, deassign_bare, write_peer], rounds):
             turn()
         return Times(
             workload="selective",
-            mode="embedded",
+            mode=mode,
             n=n,
             ours=ours,
             floor=bare,

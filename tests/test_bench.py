@@ -29,6 +29,7 @@ def test_quick_run_writes_every_workload_and_mode(report: Report) -> None:
     assert [(row.workload, row.mode, row.n) for row in report.rows] == [
         ("steady", "embedded", 1),
         ("selective", "embedded", 64),
+        ("selective", "embedded-idle", 64),
         ("miss", "embedded", 1),
         ("miss", "embedded-asyncio", 1),
     ]
