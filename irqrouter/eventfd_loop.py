@@ -269,14 +269,14 @@ class Router:
         """An event came on a vector that KVM does not deliver: translate, and deliver."""
         try:
             catch = self._decide(vector)
-        except Exception:
-            log.exception("the remapper failed", vector=vector.id)
+            if isinstance(catch, CatchFault) and not second_reading:
+                self._later(SECOND_READING_S, self._read_again, vector, woken_ns)
+                return
+            result = self._executor.run_now(catch)
+        except Exception:  # the remapper and on_fault may be the embedder's: their failure must not lose the event
+            log.exception("an event could not be attended to", vector=vector.id)
             self._back_off(vector)
             return
-        if isinstance(catch, CatchFault) and not second_reading:
-            self._later(SECOND_READING_S, self._read_again, vector, woken_ns)
-            return
-        result = self._executor.run_now(catch)
         miss = _Miss(vector, woken_ns, catch, caught=result is not None)
         if result is None:  # the lock is taken, perhaps for milliseconds
             self._settler.put(miss)

@@ -73,8 +73,15 @@ class Machine:
         self.remapper.set_interrupt_remap_table(TABLE | 8)  # 512 entries
         self.remapper.set_remapping(True)
         self.faults: list[tuple[Vector, Fault]] = []
-        self.router = Router(self.vm, self.remapper, on_fault=lambda vector, fault: self.faults.append((vector, fault)))
+        self.on_fault_raises = 0
+        self.router = Router(self.vm, self.remapper, on_fault=self._on_fault)
         self.eventfds: list[int] = []
+
+    def _on_fault(self, vector: Vector, fault: Fault) -> None:
+        if self.on_fault_raises:
+            self.on_fault_raises -= 1
+            raise RuntimeError("told to")
+        self.faults.append((vector, fault))
 
     def eventfd(self, flags: int = os.EFD_NONBLOCK) -> int:
         """An eventfd that is closed with the machine."""

@@ -312,6 +312,29 @@ async def test_table_refused_leaves_the_vector_to_the_loop(machine: Machine) -> 
     assert machine.arrived() == [(0, 0x42)]
 
 
+async def test_message_that_kvm_cannot_be_given_keeps_the_event_until_it_can(machine: Machine) -> None:
+    vector, fd = await add(machine, 5, 0x41)
+    await to_thread(machine.router.program, vector, Message(1 << 32, 0))  # address bits 39:32 are reserved
+    machine.remapper.set_remapping(enabled=False)
+    os.eventfd_write(fd, 1)
+    await eventually(lambda: machine.vm.calls["msi"] > 1, "a second attempt")
+    assert (machine.arrived(), vector.caught) == ([], 0)
+    machine.remapper.set_remapping(enabled=True)
+    await to_thread(machine.router.program, vector, message_of(5))
+    await is_assigned(vector)
+    assert machine.arrived() == [(0, 0x41)]
+
+
+async def test_on_fault_that_raises_keeps_the_event_until_it_does_not(machine: Machine) -> None:
+    vector, fd = await add(machine, 5, 0x41)
+    machine.write_irte(5, 0x41, present=False)
+    await to_thread(machine.router.invalidate, entry(5))
+    machine.on_fault_raises = 2
+    os.eventfd_write(fd, 1)
+    await eventually(lambda: vector.faults)
+    assert (len(machine.faults), machine.on_fault_raises, machine.arrived()) == (1, 0, [])
+
+
 async def test_foreign_routes_live_beside_ours(machine: Machine) -> None:
     _, fd = await add(machine, 5, 0x41)
     await to_thread(machine.router.set_foreign_routes, {3: Message(0xFEE01000, 0x33)})

@@ -21,7 +21,7 @@ from irqrouter.core.machine import Event, Row, State
 from irqrouter.core.ops import Assign, Catch, CatchFault, Deassign, DropRoute, Op, SetRoute
 from irqrouter.core.routes import RouteTable
 from irqrouter.core.vectors import Vector, Vectors, VectorStatus, decide
-from irqrouter.errors import CallerError, IrqrouterError, KernelError
+from irqrouter.errors import CallerError, IrqrouterError, KernelError, SpecError
 from irqrouter.iommu.fault import Fault
 from irqrouter.kvm.fairlock import FairLock
 from irqrouter.kvm.port import Eventfd, Vm
@@ -278,6 +278,8 @@ class Executor:
             if isinstance(op, SetRoute):
                 return self._set_route(vector, op.route)
             return self._assign(vector)
+        except (CallerError, SpecError):  # a message that KVM cannot be given: the remapper's doing
+            return errno.EINVAL
         except KernelError as error:
             return error.errno
 
@@ -317,7 +319,7 @@ class Executor:
             return errno.EAGAIN
         try:
             self._vm.signal_msi(delivery)  # 0 vCPUs took it: as in hardware, that is delivered
-        except KernelError:
+        except IrqrouterError:
             eventfd.write(count)
             raise
         self._vectors.happen(vector, Event.CAUGHT)
