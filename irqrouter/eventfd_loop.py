@@ -59,7 +59,7 @@ BACK_OFF_MIN_S, BACK_OFF_MAX_S = 0.001, 1.0
 #: Outcomes of a catch that mean "not now": somebody else had the event, or the vector changed. Watching again is right.
 _MOOT = frozenset({errno.EAGAIN, errno.ESTALE, errno.EALREADY})
 #: Outcomes of routing and assigning that are no refusal by the kernel.
-_NOT_REFUSED = frozenset({0, errno.ESTALE, errno.EALREADY, errno.ECANCELED})
+_NOT_REFUSED = frozenset({0, errno.ESTALE, errno.EALREADY, errno.ECANCELED, errno.EINPROGRESS})
 
 
 class LoopThreadError(CallerError):
@@ -109,17 +109,19 @@ class Router:
         self._settler = _Settler(self._settle, self._back_off)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_thread: int | None = None
-        self._closed = False
+        self._closing: asyncio.Future[None] | None = None
         #: How often an eventfd woke the loop.
         self.wakeups = 0
         #: How often one did that belonged to an assigned vector. Anything but 0 means that KVM does not hide events.
         self.wakeups_while_assigned = 0
 
     async def __aenter__(self) -> "Router":
+        if self._loop is not None or self._closing is not None:
+            raise CallerError("the router", "can be entered once, and not after it was closed")
         self._loop = asyncio.get_running_loop()
         self._loop_thread = threading.get_ident()
-        self._settler.start()
         self._loop.add_reader(self._watched.fileno(), self._turn)
+        self._settler.start()
         return self
 
     async def __aexit__(
@@ -129,14 +131,16 @@ class Router:
 
     async def aclose(self) -> None:
         """Stop routing: every irqfd is deassigned, every route of ours dropped, every descriptor closed. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._loop is not None:
-            self._loop.remove_reader(self._watched.fileno())
-        await asyncio.to_thread(self._settler.stop)
+        if self._closing is None:
+            if self._loop is not None:
+                self._loop.remove_reader(self._watched.fileno())
+            self._closing = asyncio.get_running_loop().run_in_executor(None, self._release)
+        await asyncio.shield(self._closing)  # whoever is cancelled here has closed it all the same
+
+    def _release(self) -> None:
+        self._settler.stop()
         try:
-            await asyncio.to_thread(self._executor.close)
+            self._executor.close()
         finally:
             self._watched.close()
 
@@ -179,11 +183,11 @@ class Router:
                     )
                 )
             self._assign_new([vector for vector, _ in added])
+            for vector, eventfd in added:
+                self._watched.add(vector, eventfd)
         except BaseException:
-            self._executor.remove(vector for vector, _ in added)
+            self._executor.remove(self._forgotten(vector for vector, _ in added))
             raise
-        for vector, eventfd in added:
-            self._watched.add(vector, eventfd)
         return [vector for vector, _ in added]
 
     def invalidate(self, scope: Scope) -> int:
@@ -218,7 +222,7 @@ class Router:
         Raises :class:`~irqrouter.core.vectors.VectorGoneError` for one that was removed before.
         """
         self._refuse_on_loop("remove")
-        self._executor.remove(self._forgotten(vectors))
+        self._executor.remove(self._forgotten(self._executor.known(vectors)))
 
     def remove_device(self, device: str) -> int:
         """Remove every vector that was added for ``device``; return how many there were."""
@@ -260,7 +264,7 @@ class Router:
             self.wakeups += 1
             if vector.state is State.ASSIGNED:
                 self.wakeups_while_assigned += 1
-                self._watched.answered(vector)
+                self._back_off(vector)  # its irqfd is gone, or hides nothing: whatever it is, it must not spin
             else:
                 self._attend(vector, woken_ns)
         self._settler.go()
@@ -317,7 +321,7 @@ class Router:
 
     def _later(self, delay_s: float, function: Callable[..., None], *arguments: object) -> None:
         def unless_closed() -> None:
-            if not self._closed:
+            if self._closing is None:
                 function(*arguments)
 
         assert self._loop is not None
@@ -353,7 +357,7 @@ class Router:
         return refused
 
     def _forgotten(self, vectors: Iterable[Vector]) -> list[Vector]:
-        gone = self._executor.known(vectors)
+        gone = list(vectors)
         for vector in gone:
             self._watched.forget(vector)
             self._delays.pop(vector.id, None)
@@ -397,7 +401,7 @@ class _Watched:
         with self._lock:
             eventfd = self._eventfds.pop(vector, None)
             if eventfd is not None:
-                del self._by_fd[eventfd.fileno()]
+                self._by_fd.pop(eventfd.fileno(), None)  # closed already, if the router was closed meanwhile
                 self._unanswered.discard(vector)
 
     def harvest(self) -> list[Vector]:

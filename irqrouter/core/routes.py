@@ -8,7 +8,7 @@ import heapq
 from collections.abc import Mapping, Set
 
 from irqrouter.errors import CallerError
-from irqrouter.x86.msi import Message
+from irqrouter.x86.msi import Message, checked
 
 
 class GsiExhaustedError(CallerError):
@@ -30,11 +30,17 @@ class RouteTable:
 
     def allocate(self) -> int:
         """Give out the lowest free GSI; raise :class:`GsiExhaustedError` when there is none."""
-        while self._free:
-            gsi = heapq.heappop(self._free)
-            if gsi not in self._given and gsi not in self._foreign:
-                self._given.add(gsi)
-                return gsi
+        foreign: list[int] = []
+        try:
+            while self._free:
+                gsi = heapq.heappop(self._free)
+                if gsi not in self._foreign:
+                    self._given.add(gsi)
+                    return gsi
+                foreign.append(gsi)
+        finally:
+            for gsi in foreign:  # they may become ours again
+                heapq.heappush(self._free, gsi)
         raise GsiExhaustedError("the VM's GSIs", f"all {self._limit} are in use")
 
     def free(self, gsi: int) -> None:
@@ -54,17 +60,21 @@ class RouteTable:
 
     def set_foreign(self, routes: Mapping[int, Message]) -> None:
         """Replace the VMM's own routes. A GSI that is ours raises ``CallerError``, and nothing changes."""
-        for gsi in routes:
+        for gsi, route in routes.items():
+            checked(route)
             if not 0 <= gsi < self._limit:
                 raise CallerError(f"gsi {gsi}", f"must be below {self._limit}")
             if gsi in self._given:
                 raise CallerError(f"gsi {gsi}", "belongs to a vector of the router")
         for gsi in self._foreign - routes.keys():
             self.drop(gsi)
-            heapq.heappush(self._free, gsi)
         for gsi, route in routes.items():
             self.set(gsi, route)
         self._foreign = set(routes)
+
+    def foreign(self) -> dict[int, Message]:
+        """The VMM's own routes, as wanted."""
+        return {gsi: self._wanted[gsi] for gsi in self._foreign}
 
     def changes(self) -> dict[int, Message | None]:
         """What is wanted otherwise than the kernel last accepted it, or may have it; None where a route goes."""

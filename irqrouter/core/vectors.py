@@ -131,7 +131,7 @@ class Vectors:
 
     def known(self, vector: Vector) -> Vector:
         """Return ``vector`` if it is one of these; raise :class:`VectorGoneError` otherwise."""
-        if self._vectors.get(vector.id) is not vector:
+        if self._vectors.get(vector.id) is not vector or vector.state is State.REMOVED:
             raise VectorGoneError(f"vector {vector.id}", "was removed, or belongs to another router")
         return vector
 

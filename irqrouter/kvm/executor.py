@@ -2,9 +2,12 @@
 
 Two kinds of callers meet here. The loop decides about events that fired and passes *batches* (:meth:`Executor.run`).
 The VMM's own threads, vCPUs mostly, say what the guest did through *verbs* (:meth:`Executor.invalidate`, ``mask``,
-``program``, ...), which are true when they return. One lock orders the two. It is handed over in order and given up
-between two operations, so a vCPU waits for one operation at most; and for no table write, which holds a lock of its
-own.
+``program``, ...), which are true when they return. One lock orders the two. It is handed over in order, and held for
+microseconds: the two calls that wait for a grace period in the kernel are made without it.
+
+A *deassign* first changes the vector, under the lock, so that nothing decided before counts any more; then makes the
+ioctl. Until that has returned KVM may still inject by the old route, so a verb that finds a deassign on its way waits
+for it, and ``Assign`` is refused. A *table write* is a snapshot, ordered by a lock of its own.
 
 What a batch decided is checked against the vector as it is now: an older generation is refused with ``ESTALE``, and
 ``Catch``, ``CatchFault`` and ``Assign`` are refused unless the vector is deassigned. A batch ends by writing the
@@ -17,7 +20,7 @@ import errno
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from irqrouter.core.machine import Event, Row, State
+from irqrouter.core.machine import Event, State
 from irqrouter.core.ops import Assign, Catch, CatchFault, Deassign, DropRoute, Op, SetRoute
 from irqrouter.core.routes import RouteTable
 from irqrouter.core.vectors import Vector, Vectors, VectorStatus, decide
@@ -34,6 +37,30 @@ PATIENCE = 3
 
 class DuplicateEventfdError(CallerError):
     """The eventfd is a vector's already: one would eat the other's events."""
+
+
+class _Deassign:
+    """A deassign on its way: from the change of the vector until the ioctl has returned. One caller makes the ioctl."""
+
+    def __init__(self, vector: Vector, eventfd: Eventfd) -> None:
+        self.vector = vector
+        self.eventfd = eventfd
+        self.error: KernelError | None = None
+        self._claim = threading.Lock()
+        self._finished = threading.Event()
+
+    def claim(self) -> bool:
+        """Whether the caller is the one to make the ioctl."""
+        return self._claim.acquire(blocking=False)
+
+    def finish(self, error: KernelError | None) -> None:
+        """The ioctl has returned."""
+        self.error = error
+        self._finished.set()
+
+    def wait(self) -> None:
+        """Wait until the ioctl has returned."""
+        self._finished.wait()
 
 
 class Executor:
@@ -59,6 +86,8 @@ class Executor:
         self._vectors = Vectors(RouteTable(vm.pins, vm.routes_max))
         self._eventfds: dict[int, Eventfd] = {}
         self._identities: set[int] = set()
+        self._deassigning: dict[int, _Deassign] = {}  # by vector; one that failed stays, to be tried again
+        self._closed = False
 
     # --- verbs: what the VMM's threads say. True when they return. -----------------------------------------------
 
@@ -73,12 +102,11 @@ class Executor:
         eventfd = self._vm.adopt(fd)
         try:
             with self._lock:
-                if eventfd.identity in self._identities:
-                    raise DuplicateEventfdError(f"descriptor {fd}", "its eventfd is a vector already")
+                self._refuse_new(fd, eventfd)
                 vector = self._vectors.add(request, cookie, device, masked=masked)
                 self._identities.add(eventfd.identity)
                 self._eventfds[vector.id] = eventfd
-        except IrqrouterError:
+        except BaseException:
             eventfd.close()
             raise
         return vector, eventfd
@@ -89,20 +117,22 @@ class Executor:
         When this returns, no event signalled afterwards is delivered, or turned into a fault, by a translation read
         before it: only now may the guest be told that its invalidation is complete.
         """
-        failure: KernelError | None = None
+        deassigns: list[_Deassign] = []
+        failure: Exception | None = None
         with self._lock:
             matching = self._vectors.matching(scope)
             for vector in matching:
-                if vector.state is State.REMOVED:  # while we gave way
-                    continue
-                vector.invalidations += 1
-                try:
-                    self._happen(vector, Event.INVALIDATED)
-                    if vector.lost_races >= PATIENCE:
+                if vector.state is not State.REMOVED:
+                    vector.invalidations += 1
+                    deassigns += self._happen(vector, Event.INVALIDATED)
+                    try:
                         self._serve(vector)
-                except KernelError as error:  # the others must still be deassigned
-                    failure = error
+                    except Exception as error:  # noqa: BLE001 - the remapper's; the others must be deassigned first
+                        failure = error
+                else:
+                    deassigns += self._on_its_way(vector)
                 self._lock.give_way()
+        self._deassign(deassigns)
         if failure is not None:
             raise failure
         return len(matching)
@@ -110,39 +140,42 @@ class Executor:
     def mask(self, vector: Vector) -> None:
         """Mask ``vector``: from now on its events wait in its eventfd."""
         with self._lock:
-            self._happen(self._vectors.known(vector), Event.MASKED)
+            deassigns = self._happen(self._vectors.known(vector), Event.MASKED)
+        self._deassign(deassigns)
 
     def unmask(self, vector: Vector) -> None:
         """Unmask ``vector``. It is deassigned: what waited, or comes next, goes through a fresh translation."""
         with self._lock:
-            self._happen(self._vectors.known(vector), Event.UNMASKED)
+            deassigns = self._happen(self._vectors.known(vector), Event.UNMASKED)
+        self._deassign(deassigns)
 
     def program(self, vector: Vector, request: Request, cookie: Cookie) -> None:
         """Give ``vector`` another message. Its next event goes through a fresh translation."""
         with self._lock:
             # The message first, the generation second: the loop samples them the other way round, without the lock.
             self._vectors.program(self._vectors.known(vector), request, cookie)
-            self._happen(vector, Event.PROGRAMMED)
+            deassigns = self._happen(vector, Event.PROGRAMMED)
+        self._deassign(deassigns)
 
     def remove(self, vectors: Iterable[Vector]) -> None:
         """Deassign and forget ``vectors``, with one table write for all of them. An event still pending is gone."""
-        failure: KernelError | None = None
-        for vector in list(vectors):
+        going: list[Vector] = []
+        deassigns: list[_Deassign] = []
+        with self._lock:
+            for vector in vectors:
+                if vector.state is not State.REMOVED:
+                    going.append(vector)
+                    deassigns += self._happen(vector, Event.REMOVED)
+                else:  # by somebody else, just now
+                    deassigns += self._on_its_way(vector)
+                self._lock.give_way()
+        try:
+            self._deassign(deassigns)  # the irqfds go before the routes do (I4)
+        finally:  # a VM that is gone (EIO): the rest must be released all the same
             with self._lock:
-                if vector.state is State.REMOVED:  # by somebody else, just now
-                    continue
-                try:
-                    self._happen(vector, Event.REMOVED)
-                except KernelError as error:  # a VM that is gone (EIO): the rest must be released all the same
-                    failure = error
-                    self._drop_route(vector)
-                eventfd = self._eventfds.pop(vector.id)
-                self._identities.discard(eventfd.identity)
-                self._vectors.forget(vector)
-                eventfd.close()
-        self._write_routes()  # if refused, the dropped routes lead nowhere, and go with the next write
-        if failure is not None:
-            raise failure
+                for vector in going:
+                    self._release(vector)
+            self._write_routes()  # if refused, the dropped routes lead nowhere, and go with the next write
 
     def known(self, vectors: Iterable[Vector]) -> list[Vector]:
         """``vectors``, or :class:`~irqrouter.core.vectors.VectorGoneError` if one was removed or is another's."""
@@ -154,24 +187,39 @@ class Executor:
 
         A VMM that writes the table behind the executor's back erases live routes, and events with them.
         """
+        table = self._vectors.routes
         with self._lock:
-            self._vectors.routes.set_foreign(routes)
+            before = table.foreign()
+            table.set_foreign(routes)
         failed = self._write_routes()
+        with self._lock:
+            # Another thread's write may have taken these along, and been refused.
+            if not failed and any(table.accepted(gsi) != route for gsi, route in routes.items()):
+                failed = errno.EAGAIN
+            if failed:
+                table.set_foreign(before)
         if failed:
             raise KernelError(failed, "KVM_SET_GSI_ROUTING", "the VMM's own routes")
 
     def status(self) -> list[VectorStatus]:
         """A snapshot of every vector."""
+        found: list[VectorStatus] = []
         with self._lock:
-            return [self._vectors.status(vector) for vector in self._vectors]
+            for vector in list(self._vectors):
+                if vector.state is not State.REMOVED:
+                    found.append(self._vectors.status(vector))
+                self._lock.give_way()
+        return found
 
     def vectors(self) -> list[Vector]:
         """Every vector there is."""
         with self._lock:
-            return list(self._vectors)
+            return [vector for vector in self._vectors if vector.state is not State.REMOVED]
 
     def close(self) -> None:
-        """Remove every vector: nothing stays bound."""
+        """Remove every vector, and let none be added: nothing stays bound."""
+        with self._lock:
+            self._closed = True
         self.remove(self.vectors())
 
     # --- batches: what the loop decided. -------------------------------------------------------------------------
@@ -192,8 +240,7 @@ class Executor:
                 continue
             if isinstance(op, Assign):
                 refused = self._write_routes() or refused
-            with self._lock:
-                result = self._carry_out(op)
+            result = self._run_one(op)
             if result == errno.ENXIO and refused:
                 result = refused
             errnos.append(result)
@@ -204,10 +251,25 @@ class Executor:
             self._blame(batch, errnos, refused)
         return errnos
 
+    def _run_one(self, op: Op) -> int:
+        if not isinstance(op, Deassign):
+            with self._lock:
+                return self._carry_out(op)
+        with self._lock:
+            vector = self._vectors.find(op.vector)
+            if vector is None or vector.state is State.REMOVED:
+                return errno.ESTALE
+            deassigns = self._happen(vector, Event.INVALIDATED)
+        try:
+            self._deassign(deassigns)
+        except KernelError as error:
+            return error.errno
+        return 0
+
     def run_now(self, op: Catch | CatchFault) -> int | None:
         """Carry out one catch if that needs no waiting; None, and nothing done, if the lock is taken.
 
-        This is what the event loop calls: somebody else's ``Deassign`` may hold the lock for milliseconds.
+        This is what the event loop calls, which waits for nobody.
         """
         if not self._lock.acquire(blocking=False):
             return None
@@ -240,10 +302,14 @@ class Executor:
                     return 0
             try:
                 self._vm.set_gsi_routing(changes)
-            except (KernelError, CallerError) as error:
+            except IrqrouterError as error:
                 code = error.errno if isinstance(error, KernelError) else errno.EINVAL
                 with self._lock:
-                    self._refuse_routes(routes.refuse(changes), code)
+                    deassigns = self._refuse_routes(routes.refuse(changes), code)
+                try:
+                    self._deassign(deassigns)
+                except KernelError as failure:
+                    code = failure.errno
                 return code
             with self._lock:
                 routes.accept(changes)
@@ -254,14 +320,37 @@ class Executor:
                         vector.accepted_generation = vector.routed_generation
         return 0
 
+    def _deassign(self, deassigns: Sequence[_Deassign]) -> None:
+        """Make the ioctl for each, or wait for whoever is making it. The lock must not be held.
+
+        All are attempted; the last failure is raised. An irqfd that could not be deassigned is tried again by the next
+        verb that meets it.
+        """
+        failure: KernelError | None = None
+        for deassign in deassigns:
+            if deassign.claim():
+                deassign.finish(self._make_deassign(deassign))
+            else:
+                deassign.wait()
+            failure = deassign.error or failure
+        if failure is not None:
+            raise failure
+
+    def _make_deassign(self, deassign: _Deassign) -> KernelError | None:
+        try:
+            self._vm.irqfd_deassign(deassign.eventfd, deassign.vector.gsi)
+        except KernelError as error:
+            return error
+        with self._lock:
+            del self._deassigning[deassign.vector.id]
+        return None
+
     # --- one operation each, with the lock held. -----------------------------------------------------------------
 
     def _carry_out(self, op: Op) -> int:
         vector = self._vectors.find(op.vector)
-        if vector is None:
+        if vector is None or isinstance(op, Deassign):
             return errno.ESTALE
-        if isinstance(op, Deassign):
-            return self._deassign(vector)
         if isinstance(op, DropRoute):
             return self._drop_route(vector)
         refusal = self._vectors.refusal(vector, op)
@@ -283,21 +372,36 @@ class Executor:
         except KernelError as error:
             return error.errno
 
-    def _happen(self, vector: Vector, event: Event) -> Row:
-        """Move the vector and do at once what its row demands. The irqfd goes before the route does (I4)."""
+    def _happen(self, vector: Vector, event: Event) -> list[_Deassign]:
+        """Move the vector. It is true once what is returned has been through :meth:`_deassign`, without the lock."""
         row = self._vectors.happen(vector, event)
         if row.deassign:
-            self._vm.irqfd_deassign(self._eventfds[vector.id], vector.gsi)
-        if row.drop_route:
-            self._drop_route(vector)
-        return row
+            self._deassigning[vector.id] = _Deassign(vector, self._eventfds[vector.id])
+        return self._on_its_way(vector)
 
-    def _deassign(self, vector: Vector) -> int:
-        try:
-            self._happen(vector, Event.INVALIDATED)
-        except KernelError as error:
-            return error.errno
-        return 0
+    def _on_its_way(self, vector: Vector) -> list[_Deassign]:
+        """The vector's deassign that has not returned yet, if there is one; one that failed begins anew."""
+        deassign = self._deassigning.get(vector.id)
+        if deassign is None:
+            return []
+        if deassign.error is not None:
+            deassign = self._deassigning[vector.id] = _Deassign(vector, deassign.eventfd)
+        return [deassign]
+
+    def _refuse_new(self, fd: int, eventfd: Eventfd) -> None:
+        if self._closed:
+            raise CallerError("the router", "is closed")
+        if eventfd.identity in self._identities:
+            raise DuplicateEventfdError(f"descriptor {fd}", "its eventfd is a vector already")
+
+    def _release(self, vector: Vector) -> None:
+        """Let go of what a removed vector held."""
+        self._deassigning.pop(vector.id, None)
+        self._vectors.routes.drop(vector.gsi)
+        eventfd = self._eventfds.pop(vector.id)
+        self._identities.discard(eventfd.identity)
+        self._vectors.forget(vector)
+        eventfd.close()
 
     def _drop_route(self, vector: Vector) -> int:
         if vector.state is State.ASSIGNED:
@@ -319,8 +423,8 @@ class Executor:
             return errno.EAGAIN
         try:
             self._vm.signal_msi(delivery)  # 0 vCPUs took it: as in hardware, that is delivered
-        except IrqrouterError:
-            eventfd.write(count)
+        except BaseException:
+            eventfd.write(1)  # what had gathered is one event, and a full count could not be written
             raise
         self._vectors.happen(vector, Event.CAUGHT)
         vector.caught += 1
@@ -343,6 +447,8 @@ class Executor:
         return 0
 
     def _assign(self, vector: Vector) -> int:
+        if vector.id in self._deassigning:
+            return errno.EINPROGRESS
         eventfd = self._eventfds[vector.id]
         try:
             self._vm.irqfd_assign(eventfd, vector.gsi)
@@ -350,22 +456,24 @@ class Executor:
             # EBUSY: somebody else's irqfd. What is pending was not injected and must not be discarded; we deliver.
             vector.assign_errno = error.errno
             raise
+        self._vectors.happen(vector, Event.ASSIGNED)
         # KVM injected what was pending, and did not drain it.
         if eventfd.read():
             vector.discarded += 1
-        self._vectors.happen(vector, Event.ASSIGNED)
         return 0
 
-    def _refuse_routes(self, gsis: list[int], code: int) -> None:
+    def _refuse_routes(self, gsis: list[int], code: int) -> list[_Deassign]:
+        deassigns: list[_Deassign] = []
         for gsi in gsis:
             vector = self._vectors.routed_at(gsi)
-            if vector is not None:
-                self._happen(vector, Event.ROUTE_REFUSED)
+            if vector is not None and vector.state is not State.REMOVED:
+                deassigns += self._happen(vector, Event.ROUTE_REFUSED)
                 vector.assign_errno = code
+        return deassigns
 
     def _serve(self, vector: Vector) -> None:
         """Deliver a pending event here and now: the loop's decisions about it keep coming too late."""
-        if vector.state is State.DEASSIGNED:
+        if vector.lost_races >= PATIENCE and vector.state is State.DEASSIGNED:
             catch = decide(vector.id, vector.generation, self._translate(vector.request))
             if isinstance(catch, Catch):  # a fault is left to the loop, which reads the entry twice
                 self._carry_out(catch)

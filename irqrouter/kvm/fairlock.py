@@ -41,10 +41,19 @@ class FairLock:
     def _wait(self) -> None:
         turn = threading.Lock()
         turn.acquire()
-        with self._guard:
-            self._queue.append(turn)
-        self._pass_on()  # whoever held the lock may have let go before seeing us
-        turn.acquire()  # released by whoever passes the lock on to us; it stays held all the while
+        try:
+            with self._guard:
+                self._queue.append(turn)
+            self._pass_on()  # whoever held the lock may have let go before seeing us
+            turn.acquire()  # released by whoever passes the lock on to us; it stays held all the while
+        except BaseException:  # a KeyboardInterrupt: nobody may hand the lock to us any more
+            with self._guard:
+                waiting = turn in self._queue
+                if waiting:
+                    self._queue.remove(turn)
+            if not waiting:
+                self.release()
+            raise
 
     def _pass_on(self) -> None:
         """Give the lock, if it is free, to whoever has waited longest."""

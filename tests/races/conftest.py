@@ -6,6 +6,14 @@ from collections.abc import Iterator
 import pytest
 import structlog
 
+from irqrouter.kvm import executor
+from tests.races.world import Deassign
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "_Deassign", Deassign)
+
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:

@@ -21,6 +21,7 @@ from irqrouter.scope import Cookie
 from irqrouter.x86.msi import Message, Request
 from tests.races.explorer import InvariantBrokenError, explore
 from tests.races.test_worlds import WORLDS
+from tests.races.world import Deassign
 
 Patch = pytest.MonkeyPatch
 
@@ -162,18 +163,22 @@ def no_discard_after_assign(patch: Patch) -> None:
 def deassign_after_the_route_change(patch: Patch) -> None:
     """The route goes first, the irqfd after it."""
 
-    def happen(self: Executor, vector: Vector, event: Event) -> Row:
-        row = self._vectors.happen(vector, event)
-        if row.drop_route:
-            self._vectors.routes.drop(vector.gsi)
-            self._lock.release()
+    def remove(self: Executor, vectors: list[Vector]) -> None:
+        for vector in vectors:
+            with self._lock:
+                deassigns = self._happen(vector, Event.REMOVED)
+                self._vectors.routes.drop(vector.gsi)
             self._write_routes()
-            self._lock.acquire()
-        if row.deassign:
-            self._vm.irqfd_deassign(self._eventfds[vector.id], vector.gsi)
-        return row
+            self._deassign(deassigns)
+            with self._lock:
+                self._release(vector)
 
-    patch.setattr(Executor, "_happen", happen)
+    patch.setattr(Executor, "remove", remove)
+
+
+def deassign_on_its_way_not_waited_for(patch: Patch) -> None:
+    """A vCPU that finds the vector being deassigned by another goes on at once."""
+    patch.setattr(Deassign, "wait", lambda self: None)
 
 
 def undelivered_count_dropped(patch: Patch) -> None:
@@ -233,7 +238,9 @@ def generation_before_the_message(patch: Patch) -> None:
 
     def program(self: Executor, vector: Vector, request: Request, cookie: Cookie) -> None:
         with self._lock:
-            self._happen(vector, Event.PROGRAMMED)
+            deassigns = self._happen(vector, Event.PROGRAMMED)
+        self._deassign(deassigns)
+        with self._lock:
             self._vectors.program(vector, request, cookie)
 
     patch.setattr(Executor, "program", program)
@@ -269,6 +276,7 @@ MUTANTS: list[tuple[Callable[[Patch], None], set[str]]] = [
     (refused_table_taken_for_accepted, {"I2"}),
     (no_discard_after_assign, {"I6"}),
     (deassign_after_the_route_change, {"I4"}),
+    (deassign_on_its_way_not_waited_for, {"I2"}),
     (undelivered_count_dropped, {"I1"}),
     (generation_sampled_after_the_reading, {"I2"}),
     (invalidation_without_deassign, {"I2"}),

@@ -229,6 +229,20 @@ def two_vcpus(choices: Choices) -> None:
         world.run(one=rewrites(world, 5), two=invalidates(world, 5, 1))
 
 
+def two_vcpus_assigned(choices: Choices) -> None:
+    """Two vCPUs invalidate at once a vector that the kernel serves: neither may go on before it is deassigned."""
+
+    def second(world: World, book: Book) -> Iterator[None]:
+        world.invalidate(5)
+        yield
+        world.fire(book)
+        yield
+
+    with World(choices) as world:
+        device = world.add("v", 5)
+        world.run(one=rewrites(world, 5), two=second(world, device))
+
+
 def two_vectors(choices: Choices) -> None:
     """Two vectors in one batch, one of which changes."""
     with World(choices) as world:
@@ -267,6 +281,7 @@ WORLDS: list[Callable[[Choices], None]] = [
     removed_under_fire,
     two_vectors,
     starving,
+    two_vcpus_assigned,
     two_vcpus,
     retarget,
 ]

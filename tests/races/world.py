@@ -12,6 +12,7 @@ from types import TracebackType
 from irqrouter.core.vectors import Vector
 from irqrouter.eventfd_loop import Router
 from irqrouter.iommu.fault import Fault
+from irqrouter.kvm.executor import _Deassign
 from irqrouter.kvm.port import Eventfd
 from irqrouter.kvm.simulated import SimulatedKernel, SimulatedVm
 from irqrouter.scope import Cookie, Scope
@@ -375,6 +376,14 @@ class _WritersLock:
 
     def __exit__(self, kind: object, value: object, traceback: object) -> None:
         self._held = False
+
+
+class Deassign(_Deassign):
+    """A deassign on one thread: who would wait for it cannot be interrupting the one who makes it."""
+
+    def wait(self) -> None:
+        if not self._finished.is_set():
+            raise ImpossibleError
 
 
 class _Part:
