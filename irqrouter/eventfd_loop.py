@@ -98,7 +98,7 @@ class Router:
     ``await asyncio.to_thread(router.invalidate, scope)``.
 
     ``on_fault(vector, fault)`` is called for each fault that is to be recorded, before its event is consumed, on any
-    thread and with a lock held: it must only store, and call no verb.
+    thread and with a lock held: it must only store, and not call the router.
     """
 
     def __init__(self, vm: Vm, remapper: Remapper, *, on_fault: Callable[[Vector, Fault], None]) -> None:
@@ -217,7 +217,7 @@ class Router:
         self._executor.program(vector, request, self._remapper.cookie(request))
 
     def remove(self, *vectors: Vector) -> None:
-        """Remove ``vectors``. When this returns nothing of them is left in the kernel; events still pending are gone.
+        """Remove ``vectors``. When this returns KVM knows nothing of them; what is pending stays in your eventfds.
 
         Raises :class:`~irqrouter.core.vectors.VectorGoneError` for one that was removed before.
         """
@@ -238,7 +238,8 @@ class Router:
         Devices are known by the ``device`` their vectors were added with, as in sysfs (``0000:03:00.0``).
         """
         async for event in uevents:
-            held = {vector.device for vector in self._executor.vectors() if vector.device is not None}
+            vectors = await asyncio.to_thread(self._executor.vectors)
+            held = {vector.device for vector in vectors if vector.device is not None}
             if isinstance(event, Uevent):
                 gone = held & {departed_pci_device(event)}
             else:  # events were lost: look instead
@@ -304,7 +305,7 @@ class Router:
             self._delays.pop(vector.id, None)
             # Refused for this generation: the loop goes on delivering.
             if isinstance(miss.catch, Catch) and not vector.assign_errno:
-                self._settler.put(miss._replace(caught=True))
+                self._settler.put(miss)
                 return
         elif result not in _MOOT:
             log.warning("cannot deliver", vector=vector.id, error=os.strerror(result), op=miss.catch.describe())
@@ -331,7 +332,7 @@ class Router:
         """On the settler's thread, what the last turns left: late catches; then routes, one table write, assigns."""
         late = [miss for miss in misses if not miss.caught]
         for miss, result in zip(late, self._executor.run([miss.catch for miss in late]), strict=True):
-            self._caught(miss, result)
+            self._caught(miss._replace(caught=True), result)
         settling = [miss for miss in misses if miss.caught]
         self._run_settling([miss.catch for miss in settling])
         for miss in settling:

@@ -24,7 +24,7 @@ import msgspec
 
 from irqrouter.iommu import amdvi, vtd
 from irqrouter.iommu.amdvi import AmdviFault, device
-from irqrouter.iommu.fault import Fault
+from irqrouter.iommu.fault import Fault, unremapped
 from irqrouter.iommu.vtd import VtdFault, entries, entry
 from irqrouter.memory import GuestMemory
 from irqrouter.scope import EVERYTHING, UNINDEXED, Cookie, Scope
@@ -74,9 +74,9 @@ class NoRemapping:
         checked_requester(request.requester)
         return UNINDEXED
 
-    def translate(self, request: Request) -> Message:
-        """The request's own message."""
-        return request.message
+    def translate(self, request: Request) -> Message | Fault:
+        """The request's own message, if it is an interrupt."""
+        return unremapped(request)
 
 
 class VtdRemapper:

@@ -114,9 +114,6 @@ class Vectors:
     def __iter__(self) -> Iterator[Vector]:
         return iter(self._vectors.values())
 
-    def __len__(self) -> int:
-        return len(self._vectors)
-
     def add(self, request: Request, cookie: Cookie, device: str | None, *, masked: bool) -> Vector:
         """Make a vector, with a GSI of its own and an id that is never given again."""
         vector = Vector(self._last_id + 1, self.routes.allocate(), request, cookie, device)

@@ -13,7 +13,7 @@ import msgspec
 
 from irqrouter.bits import Word, bits
 from irqrouter.errors import GuestMemoryError
-from irqrouter.iommu.fault import Fault, NotAnInterrupt
+from irqrouter.iommu.fault import Fault, NotAnInterrupt, unremapped
 from irqrouter.scope import EVERYTHING, Scope
 from irqrouter.x86.msi import DESTINATION_MODES, Message, Request, checked_requester, is_interrupt, remapped
 
@@ -278,7 +278,7 @@ def remap(registers: Registers, request: Request, read: Callable[[int, int], byt
     """What the unit makes of ``request``. ``read(gpa, size)`` reads guest memory."""
     message, requester = request.message, request.requester
     if not registers.iommu_en:
-        return message
+        return unremapped(request)
     if not is_interrupt(message.address):
         return NotAnInterrupt(requester=requester, recorded=False, message=message)
     if requester >= registers.devices:

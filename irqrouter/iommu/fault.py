@@ -2,7 +2,7 @@
 
 import msgspec
 
-from irqrouter.x86.msi import Message, bdf
+from irqrouter.x86.msi import Message, Request, bdf
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,3 +34,15 @@ class NotAnInterrupt(Fault, frozen=True, kw_only=True):
     def why(self) -> str:
         """The rule that blocked the interrupt."""
         return f"{self.message.describe()} is not addressed to FEEx_xxxxh: no interrupt"
+
+
+def unremapped(request: Request) -> Message | NotAnInterrupt:
+    """What becomes of ``request`` where nothing remaps it: its own message, if that is an interrupt.
+
+    Bits 63:40 are the destination's, as KVM takes them; bits 39:20 must be FEEh, or KVM refuses the message (39:32) or
+    makes an interrupt of what is a write to memory.
+    """
+    message = request.message
+    if message.address >> 20 & 0xFFFFF == 0xFEE:
+        return message
+    return NotAnInterrupt(requester=request.requester, recorded=False, message=message)

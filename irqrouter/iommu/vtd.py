@@ -13,7 +13,7 @@ import msgspec
 
 from irqrouter.bits import Word, bits
 from irqrouter.errors import GuestMemoryError, SpecError
-from irqrouter.iommu.fault import Fault, NotAnInterrupt
+from irqrouter.iommu.fault import Fault, NotAnInterrupt, unremapped
 from irqrouter.scope import EVERYTHING, UNINDEXED, Cookie, Scope
 from irqrouter.x86.msi import (
     DELIVERY_MODES,
@@ -228,7 +228,7 @@ def remap(registers: Registers, request: Request, read: Callable[[int, int], byt
     """
     message, requester = request.message, request.requester
     if not registers.ires:
-        return message
+        return unremapped(request)
     if not is_interrupt(message.address):
         return NotAnInterrupt(requester=requester, recorded=False, message=message)
     if not message.address & 0x10:

@@ -49,6 +49,7 @@ import errno
 import fcntl
 import os
 import select
+import sys
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -103,7 +104,10 @@ class KvmEventfd:
     def read(self) -> int:
         """Take and return the whole count; 0 when it was empty."""
         try:
-            return os.eventfd_read(self._fd)
+            # Not os.eventfd_read: O_NONBLOCK belongs to the open file description, and whoever else holds that may
+            # have cleared it since. A read that blocks here would hold the executor's lock for ever.
+            os.preadv(self._fd, [count := bytearray(8)], -1, os.RWF_NOWAIT)
+            return int.from_bytes(count, sys.byteorder)
         except BlockingIOError:
             return 0
         except (OSError, ValueError) as error:

@@ -34,6 +34,9 @@ from irqrouter.x86.msi import Message, Request
 #: A vector that lost this many races in a row is served by the next invalidation that matches it.
 PATIENCE = 3
 
+#: Refusals that may be gone at the next event.
+_PASSING = frozenset({errno.ENOMEM, errno.EAGAIN, errno.EINTR})
+
 
 class DuplicateEventfdError(CallerError):
     """The eventfd is a vector's already: one would eat the other's events."""
@@ -42,8 +45,9 @@ class DuplicateEventfdError(CallerError):
 class _Deassign:
     """A deassign on its way: from the change of the vector until the ioctl has returned. One caller makes the ioctl."""
 
-    def __init__(self, vector: Vector, eventfd: Eventfd) -> None:
+    def __init__(self, vector: Vector, eventfd: Eventfd, cookie: Cookie) -> None:
         self.vector = vector
+        self.cookie = cookie  # the irqfd's, which may not be the vector's any more
         self.eventfd = eventfd
         self.error: KernelError | None = None
         self._claim = threading.Lock()
@@ -129,9 +133,11 @@ class Executor:
                         self._serve(vector)
                     except Exception as error:  # noqa: BLE001 - the remapper's; the others must be deassigned first
                         failure = error
-                else:
-                    deassigns += self._on_its_way(vector)
                 self._lock.give_way()
+            # Those of vectors that were removed, or given another cookie, and whose irqfd may still be there.
+            for deassign in list(self._deassigning.values()):
+                if deassign.cookie in scope:
+                    deassigns += self._on_its_way(deassign.vector)
         self._deassign(deassigns)
         if failure is not None:
             raise failure
@@ -153,12 +159,13 @@ class Executor:
         """Give ``vector`` another message. Its next event goes through a fresh translation."""
         with self._lock:
             # The message first, the generation second: the loop samples them the other way round, without the lock.
-            self._vectors.program(self._vectors.known(vector), request, cookie)
-            deassigns = self._happen(vector, Event.PROGRAMMED)
+            before = self._vectors.known(vector).cookie
+            self._vectors.program(vector, request, cookie)
+            deassigns = self._happen(vector, Event.PROGRAMMED, cookie=before)
         self._deassign(deassigns)
 
     def remove(self, vectors: Iterable[Vector]) -> None:
-        """Deassign and forget ``vectors``, with one table write for all of them. An event still pending is gone."""
+        """Deassign and forget ``vectors``, with one table write for all. What is pending stays in their eventfds."""
         going: list[Vector] = []
         deassigns: list[_Deassign] = []
         with self._lock:
@@ -188,16 +195,14 @@ class Executor:
         A VMM that writes the table behind the executor's back erases live routes, and events with them.
         """
         table = self._vectors.routes
-        with self._lock:
-            before = table.foreign()
-            table.set_foreign(routes)
-        failed = self._write_routes()
-        with self._lock:
-            # Another thread's write may have taken these along, and been refused.
-            if not failed and any(table.accepted(gsi) != route for gsi, route in routes.items()):
-                failed = errno.EAGAIN
+        with self._writing:  # or another thread's write takes them along, and is told that they were refused
+            with self._lock:
+                before = table.foreign()
+                table.set_foreign(routes)
+            failed = self._write()
             if failed:
-                table.set_foreign(before)
+                with self._lock:
+                    table.set_foreign(before)
         if failed:
             raise KernelError(failed, "KVM_SET_GSI_ROUTING", "the VMM's own routes")
 
@@ -241,8 +246,9 @@ class Executor:
             if isinstance(op, Assign):
                 refused = self._write_routes() or refused
             result = self._run_one(op)
-            if result == errno.ENXIO and refused:
-                result = refused
+            if result == errno.ENXIO:  # refused in this batch's write, or in another thread's that took it along
+                vector = self._vectors.find(op.vector)
+                result = refused or (vector.assign_errno if vector is not None else 0) or result
             errnos.append(result)
             if result:
                 failed.add(op.vector)
@@ -295,29 +301,32 @@ class Executor:
         routes live: the vectors whose routes were to change are deassigned.
         """
         with self._writing:
+            return self._write()
+
+    def _write(self) -> int:
+        with self._lock:
+            routes = self._vectors.routes
+            changes = routes.begin_write()
+            if not changes:
+                return 0
+        try:
+            self._vm.set_gsi_routing(changes)
+        except IrqrouterError as error:
+            code = error.errno if isinstance(error, KernelError) else errno.EINVAL
             with self._lock:
-                routes = self._vectors.routes
-                changes = routes.begin_write()
-                if not changes:
-                    return 0
+                deassigns = self._refuse_routes(routes.refuse(changes), code)
             try:
-                self._vm.set_gsi_routing(changes)
-            except IrqrouterError as error:
-                code = error.errno if isinstance(error, KernelError) else errno.EINVAL
-                with self._lock:
-                    deassigns = self._refuse_routes(routes.refuse(changes), code)
-                try:
-                    self._deassign(deassigns)
-                except KernelError as failure:
-                    code = failure.errno
-                return code
-            with self._lock:
-                routes.accept(changes)
-                for gsi in changes:
-                    vector = self._vectors.routed_at(gsi)
-                    # Otherwise the vector has been given another route during the write, which the next one brings.
-                    if vector is not None and routes.has(gsi):
-                        vector.accepted_generation = vector.routed_generation
+                self._deassign(deassigns)
+            except KernelError as failure:
+                code = failure.errno
+            return code
+        with self._lock:
+            routes.accept(changes)
+            for gsi in changes:
+                vector = self._vectors.routed_at(gsi)
+                # Otherwise the vector has been given another route during the write, which the next one brings.
+                if vector is not None and routes.has(gsi):
+                    vector.accepted_generation = vector.routed_generation
         return 0
 
     def _deassign(self, deassigns: Sequence[_Deassign]) -> None:
@@ -329,27 +338,31 @@ class Executor:
         failure: KernelError | None = None
         for deassign in deassigns:
             if deassign.claim():
-                deassign.finish(self._make_deassign(deassign))
+                self._make_deassign(deassign)
             else:
                 deassign.wait()
             failure = deassign.error or failure
         if failure is not None:
             raise failure
 
-    def _make_deassign(self, deassign: _Deassign) -> KernelError | None:
+    def _make_deassign(self, deassign: _Deassign) -> None:
+        call, vector = "KVM_IRQFD with KVM_IRQFD_FLAG_DEASSIGN", deassign.vector
+        error: KernelError | None = KernelError(errno.EINTR, call, f"vector {vector.id}")
         try:
-            self._vm.irqfd_deassign(deassign.eventfd, deassign.vector.gsi)
-        except KernelError as error:
-            return error
-        with self._lock:
-            del self._deassigning[deassign.vector.id]
-        return None
+            self._vm.irqfd_deassign(deassign.eventfd, vector.gsi)
+            with self._lock:
+                self._deassigning.pop(vector.id, None)
+            error = None
+        except KernelError as refused:
+            error = refused
+        finally:  # whatever else came up, nobody waits for ever
+            deassign.finish(error)
 
     # --- one operation each, with the lock held. -----------------------------------------------------------------
 
-    def _carry_out(self, op: Op) -> int:
+    def _carry_out(self, op: SetRoute | DropRoute | Catch | CatchFault | Assign) -> int:
         vector = self._vectors.find(op.vector)
-        if vector is None or isinstance(op, Deassign):
+        if vector is None:
             return errno.ESTALE
         if isinstance(op, DropRoute):
             return self._drop_route(vector)
@@ -372,11 +385,12 @@ class Executor:
         except KernelError as error:
             return error.errno
 
-    def _happen(self, vector: Vector, event: Event) -> list[_Deassign]:
+    def _happen(self, vector: Vector, event: Event, *, cookie: Cookie | None = None) -> list[_Deassign]:
         """Move the vector. It is true once what is returned has been through :meth:`_deassign`, without the lock."""
         row = self._vectors.happen(vector, event)
         if row.deassign:
-            self._deassigning[vector.id] = _Deassign(vector, self._eventfds[vector.id])
+            cookie = vector.cookie if cookie is None else cookie
+            self._deassigning[vector.id] = _Deassign(vector, self._eventfds[vector.id], cookie)
         return self._on_its_way(vector)
 
     def _on_its_way(self, vector: Vector) -> list[_Deassign]:
@@ -385,7 +399,7 @@ class Executor:
         if deassign is None:
             return []
         if deassign.error is not None:
-            deassign = self._deassigning[vector.id] = _Deassign(vector, deassign.eventfd)
+            deassign = self._deassigning[vector.id] = _Deassign(vector, deassign.eventfd, deassign.cookie)
         return [deassign]
 
     def _refuse_new(self, fd: int, eventfd: Eventfd) -> None:
@@ -404,7 +418,7 @@ class Executor:
         eventfd.close()
 
     def _drop_route(self, vector: Vector) -> int:
-        if vector.state is State.ASSIGNED:
+        if vector.state is State.ASSIGNED or vector.id in self._deassigning:
             return errno.EBUSY
         self._vectors.routes.drop(vector.gsi)
         vector.accepted_generation = 0
@@ -454,7 +468,7 @@ class Executor:
             self._vm.irqfd_assign(eventfd, vector.gsi)
         except KernelError as error:
             # EBUSY: somebody else's irqfd. What is pending was not injected and must not be discarded; we deliver.
-            vector.assign_errno = error.errno
+            self._refused(vector, error.errno)
             raise
         self._vectors.happen(vector, Event.ASSIGNED)
         # KVM injected what was pending, and did not drain it.
@@ -468,8 +482,13 @@ class Executor:
             vector = self._vectors.routed_at(gsi)
             if vector is not None and vector.state is not State.REMOVED:
                 deassigns += self._happen(vector, Event.ROUTE_REFUSED)
-                vector.assign_errno = code
+                self._refused(vector, code)
         return deassigns
+
+    def _refused(self, vector: Vector, code: int) -> None:
+        """The kernel refused the vector's route or irqfd: not to be asked again in this generation, if that stays."""
+        if code not in _PASSING:
+            vector.assign_errno = code
 
     def _serve(self, vector: Vector) -> None:
         """Deliver a pending event here and now: the loop's decisions about it keep coming too late."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from irqrouter.core.machine import TABLE, Event, Row, State
-from irqrouter.core.ops import Assign, Catch, CatchFault, Op, SetRoute
+from irqrouter.core.ops import Assign, Catch, CatchFault, DropRoute, Op, SetRoute
 from irqrouter.core.vectors import Vector, Vectors, decide
 from irqrouter.errors import KernelError
 from irqrouter.eventfd_loop import Router, _Watched
@@ -70,7 +70,7 @@ def route_by_bare_gsi(patch: Patch) -> None:
         gsis[vector.id] = vector.gsi
         return vector
 
-    def by_gsi(self: Executor, op: Op) -> int:
+    def by_gsi(self: Executor, op: SetRoute | DropRoute | Catch | CatchFault | Assign) -> int:
         if isinstance(op, SetRoute) and self._vectors.find(op.vector) is None:
             self._vectors.routes.set(gsis[op.vector], op.route)
             return 0
@@ -181,6 +181,16 @@ def deassign_on_its_way_not_waited_for(patch: Patch) -> None:
     patch.setattr(Deassign, "wait", lambda self: None)
 
 
+def deassign_known_by_the_new_cookie_only(patch: Patch) -> None:
+    """An invalidation of a reprogrammed vector's old entry does not find the deassign on its way."""
+    happen = Executor._happen
+
+    def forgetful(self: Executor, vector: Vector, event: Event, *, cookie: Cookie | None = None) -> object:
+        return happen(self, vector, event)
+
+    patch.setattr(Executor, "_happen", forgetful)
+
+
 def undelivered_count_dropped(patch: Patch) -> None:
     """The count is not written back when the delivery fails."""
 
@@ -277,6 +287,7 @@ MUTANTS: list[tuple[Callable[[Patch], None], set[str]]] = [
     (no_discard_after_assign, {"I6"}),
     (deassign_after_the_route_change, {"I4"}),
     (deassign_on_its_way_not_waited_for, {"I2"}),
+    (deassign_known_by_the_new_cookie_only, {"I2"}),
     (undelivered_count_dropped, {"I1"}),
     (generation_sampled_after_the_reading, {"I2"}),
     (invalidation_without_deassign, {"I2"}),

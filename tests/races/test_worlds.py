@@ -129,6 +129,18 @@ def reprogrammed_assigned(choices: Choices) -> None:
         world.run(device=fires(world, device, 2), guest=guest(world, device))
 
 
+def reprogrammed_beside_its_old_entry(choices: Choices) -> None:
+    """One vCPU gives the vector another MSI, another rewrites the entry of the old one."""
+
+    def guest(world: World, book: Book) -> Iterator[None]:
+        world.program(book, 6)
+        yield
+
+    with World(choices) as world:
+        device = world.add("v", 5)
+        world.run(one=guest(world, device), two=rewrites_then_fires(world, 5, device))
+
+
 def stays_broken(choices: Choices) -> None:
     """Events on an entry that is invalid: a record for each that came after the last."""
     with World(choices) as world:
@@ -272,6 +284,7 @@ WORLDS: list[Callable[[Choices], None]] = [
     stays_masked,
     reprogrammed,
     reprogrammed_assigned,
+    reprogrammed_beside_its_old_entry,
     stays_broken,
     gsi_reused,
     descriptor_reused,
