@@ -103,8 +103,10 @@ class RoutedVm:
         return time.perf_counter_ns() - start
 
     def wait_until_assigned(self, index: int) -> None:
-        """Wait for the router to be done with an event on a deassigned vector."""
+        """After an event on a deassigned vector: wait for its route, and signal again, which assigns it."""
         vector = self.vectors[index]
+        wait_until(lambda: vector.accepted_generation == vector.generation, f"{vector} to have its route")
+        os.eventfd_write(self.eventfds[index], 1)
         wait_until(lambda: vector.state is State.ASSIGNED, f"{vector} to be assigned again")
 
     def irr(self) -> frozenset[int]:

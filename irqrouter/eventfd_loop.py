@@ -4,13 +4,13 @@ While a vector is *assigned*, KVM's irqfd takes every event before epoll can see
 An invalidation, on whatever thread the guest caused it, deassigns the irqfds it touches and returns. Nothing else
 happens until such an eventfd fires again. Then::
 
-    fire -> epoll set -> harvest -> translate -> Catch -> [ SetRoute ... one table write ... Assign ] -> watch again
-            (one-shot)              (remapper)   (now)      (the settler's thread, a batch for all that waits)
+    1st event:  harvest -> translate -> Catch (now) -> SetRoute ... one table write for all that waits
+    2nd event:  harvest -> Assign (now): KVM delivers it, and every one after it
 
-Catching (take the event, deliver it) takes microseconds and is done at once on the loop's thread. Everything that can
-wait for a grace period in the kernel, that is route writes, ``Assign`` and every ``Deassign``, is done elsewhere, so it
-never stalls the loop: on the *settler*'s thread, or on the thread that called a verb. If the executor's lock is taken,
-the catch goes to the settler too; the loop waits for nobody.
+The first event is *caught*: taken and delivered at once, in microseconds, on the loop's thread. Its route follows on
+the *settler*'s thread, because a table write waits for a grace period. The irqfd is assigned when the next event is
+pending, and delivers that: assigned in between, on an eventfd that is being signalled, KVM now and then injects an
+event twice (``Assign`` tells why). If the executor's lock is taken, the settler does it; the loop waits for nobody.
 
 A translation that fails is read again after a short pause (guests write the two halves of an entry separately), and
 only then caught as a fault, at delivery, as hardware does.
@@ -36,7 +36,7 @@ import structlog
 
 from irqrouter.core.machine import State
 from irqrouter.core.ops import Assign, Catch, CatchFault, SetRoute
-from irqrouter.core.vectors import Vector, VectorStatus, decide, settle
+from irqrouter.core.vectors import Vector, VectorStatus, decide, route
 from irqrouter.errors import CallerError, KernelError
 from irqrouter.iommu.fault import Fault
 from irqrouter.iommu_remap import Remapper
@@ -56,8 +56,8 @@ HARVEST_MAX = 512
 #: An event that cannot be delivered is tried again after this, doubling up to the second.
 BACK_OFF_MIN_S, BACK_OFF_MAX_S = 0.001, 1.0
 
-#: Outcomes of a catch that mean "not now": somebody else had the event, or the vector changed. Watching again is right.
-_MOOT = frozenset({errno.EAGAIN, errno.ESTALE, errno.EALREADY})
+#: Outcomes of a delivery that mean "not now": somebody else had the event, or the vector changed.
+_MOOT = frozenset({errno.EAGAIN, errno.ESTALE, errno.EALREADY, errno.EINPROGRESS})
 #: Outcomes of routing and assigning that are no refusal by the kernel.
 _NOT_REFUSED = frozenset({0, errno.ESTALE, errno.EALREADY, errno.ECANCELED, errno.EINPROGRESS})
 
@@ -86,8 +86,8 @@ class _Miss(NamedTuple):
 
     vector: Vector
     woken_ns: int
-    catch: Catch | CatchFault
-    caught: bool
+    op: Catch | CatchFault | Assign
+    done: bool
 
 
 class Router:
@@ -182,7 +182,7 @@ class Router:
                         device=source.device,
                     )
                 )
-            self._assign_new([vector for vector, _ in added])
+            self._assign_new([vector for vector, _ in added if vector.state is not State.MASKED])
             for vector, eventfd in added:
                 self._watched.add(vector, eventfd)
         except BaseException:
@@ -259,7 +259,7 @@ class Router:
     # --- the loop ------------------------------------------------------------------------------------------------
 
     def _turn(self) -> None:
-        """One turn: everything that fired is caught at once, and settled as one batch."""
+        """One turn: everything that fired is delivered at once, and its routes are settled as one batch."""
         woken_ns = time.perf_counter_ns()
         for vector in self._watched.harvest():
             self.wakeups += 1
@@ -271,46 +271,48 @@ class Router:
         self._settler.go()
 
     def _attend(self, vector: Vector, woken_ns: int, *, second_reading: bool = False) -> None:
-        """An event came on a vector that KVM does not deliver: translate, and deliver."""
+        """An event came on a vector that KVM does not deliver: deliver it, or have KVM deliver it."""
         try:
-            catch = self._decide(vector)
-            if isinstance(catch, CatchFault) and not second_reading:
+            op = self._decide(vector)
+            if isinstance(op, CatchFault) and not second_reading:
                 self._later(SECOND_READING_S, self._read_again, vector, woken_ns)
                 return
-            result = self._executor.run_now(catch)
+            result = self._executor.run_now(op)
         except Exception:  # the remapper and on_fault may be the embedder's: their failure must not lose the event
             log.exception("an event could not be attended to", vector=vector.id)
             self._back_off(vector)
             return
-        miss = _Miss(vector, woken_ns, catch, caught=result is not None)
-        if result is None:  # the lock is taken, perhaps for milliseconds
+        miss = _Miss(vector, woken_ns, op, done=result is not None)
+        if result is None:  # the lock is taken
             self._settler.put(miss)
         else:
-            self._caught(miss, result)
+            self._delivered(miss, result)
 
     def _read_again(self, vector: Vector, woken_ns: int) -> None:
         """The second reading after a failed translation: now its outcome counts, whatever it is."""
         self._attend(vector, woken_ns, second_reading=True)
         self._settler.go()
 
-    def _decide(self, vector: Vector) -> Catch | CatchFault:
+    def _decide(self, vector: Vector) -> Catch | CatchFault | Assign:
         generation = vector.generation  # before the first byte of the guest's tables is read
+        if self._executor.may_assign(vector, generation):
+            return Assign(vector.id, generation, delivering=True)
         return decide(vector.id, generation, self._remapper.translate(vector.request))
 
-    def _caught(self, miss: _Miss, result: int) -> None:
-        """Go on after a catch, on whichever thread it was made."""
+    def _delivered(self, miss: _Miss, result: int) -> None:
+        """Go on after a delivery, on whichever thread it was made."""
         vector = miss.vector
         if result == 0:
             vector.last_miss_us = (time.perf_counter_ns() - miss.woken_ns) / 1000
             self._delays.pop(vector.id, None)
-            # Refused for this generation: the loop goes on delivering.
-            if isinstance(miss.catch, Catch) and not vector.assign_errno:
+            if isinstance(miss.op, Catch) and not vector.assign_errno:
                 self._settler.put(miss)
                 return
         elif result not in _MOOT:
-            log.warning("cannot deliver", vector=vector.id, error=os.strerror(result), op=miss.catch.describe())
-            self._back_off(vector)
-            return
+            log.warning("cannot deliver", vector=vector.id, error=os.strerror(result), op=miss.op.describe())
+            if not isinstance(miss.op, Assign):  # otherwise it is caught at once: assign_errno is set
+                self._back_off(vector)
+                return
         self._watched.answered(vector)
 
     def _back_off(self, vector: Vector) -> None:
@@ -329,32 +331,31 @@ class Router:
         self._loop.call_later(delay_s, unless_closed)
 
     def _settle(self, misses: Sequence[_Miss]) -> None:
-        """On the settler's thread, what the last turns left: late catches; then routes, one table write, assigns."""
-        late = [miss for miss in misses if not miss.caught]
-        for miss, result in zip(late, self._executor.run([miss.catch for miss in late]), strict=True):
-            self._caught(miss._replace(caught=True), result)
-        settling = [miss for miss in misses if miss.caught]
-        self._run_settling([miss.catch for miss in settling])
-        for miss in settling:
+        """On the settler's thread, what the last turns left: late deliveries; then the routes, in one table write."""
+        late = [miss for miss in misses if not miss.done]
+        for miss, result in zip(late, self._executor.run([miss.op for miss in late]), strict=True):
+            self._delivered(miss._replace(done=True), result)
+        caught = [miss for miss in misses if miss.done]
+        self._run([route(miss.op) for miss in caught if isinstance(miss.op, Catch)])
+        for miss in caught:
             self._watched.answered(miss.vector)
 
     # --- small parts ---------------------------------------------------------------------------------------------
 
     def _assign_new(self, vectors: list[Vector]) -> None:
-        """Translate new vectors, quietly, and assign those for which that succeeds."""
-        decisions = [self._decide(vector) for vector in vectors if vector.state is not State.MASKED]
-        for op, result in self._run_settling(decisions):
+        """Translate new vectors, quietly, and assign those for which that succeeds, with one table write."""
+        caught = [op for op in [self._decide(vector) for vector in vectors] if isinstance(op, Catch)]
+        batch: list[SetRoute | Assign] = [route(catch) for catch in caught]
+        batch += [Assign(catch.vector, catch.generation) for catch in caught]
+        for op, result in self._run(batch):
             raise KernelError(result, _call_of(op), f"vector {op.vector}")
 
-    def _run_settling(self, caught: Iterable[Catch | CatchFault]) -> list[tuple[SetRoute | Assign, int]]:
-        """All routes first, so that one table write serves them; then the irqfds. Returns what the kernel refused."""
-        pairs = [settle(catch) for catch in caught if isinstance(catch, Catch)]
-        batch: list[SetRoute | Assign] = [route for route, _ in pairs]
-        batch += [assign for _, assign in pairs]
+    def _run(self, batch: Sequence[SetRoute | Assign]) -> list[tuple[SetRoute | Assign, int]]:
+        """Carry out ``batch``; returns what the kernel refused."""
         results = zip(batch, self._executor.run(batch), strict=True)
         refused = [(op, result) for op, result in results if result not in _NOT_REFUSED]
         for op, result in refused:
-            log.warning("not assigned", vector=op.vector, call=_call_of(op), error=os.strerror(result))
+            log.warning("refused; the loop delivers", vector=op.vector, call=_call_of(op), error=os.strerror(result))
         return refused
 
     def _forgotten(self, vectors: Iterable[Vector]) -> list[Vector]:

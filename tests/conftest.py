@@ -1,13 +1,16 @@
-"""What every test gets: both event loops, and a check that nothing leaks."""
+"""What every test gets: both event loops, a machine, and a check that nothing leaks."""
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+import pytest_asyncio
 import uvloop
+
+from tests.machine import Machine
 
 # How long one example takes says more about the machine than about the code.
 hypothesis.settings.register_profile("irqrouter", deadline=None)
@@ -31,6 +34,13 @@ def nothing_leaks() -> Iterator[None]:
     before = _descriptors(), threading.active_count()
     yield
     assert (_descriptors(), threading.active_count()) == before
+
+
+@pytest_asyncio.fixture
+async def machine() -> AsyncIterator[Machine]:
+    """A VM on the real KVM, and a router that runs on the test's loop."""
+    async with Machine() as machine:
+        yield machine
 
 
 def _descriptors() -> set[str]:

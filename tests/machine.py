@@ -4,16 +4,18 @@ import asyncio
 import os
 import struct
 import time
+from asyncio import to_thread
 from collections import Counter
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
 
+from irqrouter.core.machine import State
 from irqrouter.core.vectors import Vector
 from irqrouter.errors import KernelError
 from irqrouter.eventfd_loop import Router
 from irqrouter.iommu.fault import Fault
-from irqrouter.iommu_remap import VtdRemapper
+from irqrouter.iommu_remap import VtdRemapper, entry
 from irqrouter.kvm.port import Eventfd
 from irqrouter.kvm.vcpu import Vcpu
 from irqrouter.kvm.vm import KvmVm
@@ -131,3 +133,33 @@ async def eventually(condition: Callable[[], object], what: str = "it") -> None:
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not happen"
         await asyncio.sleep(0)
+
+
+async def add(
+    machine: Machine, index: int, vector: int, cpu: int = 0, *, masked: bool = False, device: str | None = None
+) -> tuple[Vector, int]:
+    """Add a vector that goes by the table's entry ``index``, which is written first; return its eventfd as well."""
+    machine.write_irte(index, vector, cpu)
+    fd = machine.eventfd()
+    message = message_of(index)
+    added = await to_thread(machine.router.add, fd, message, requester=REQUESTER, masked=masked, device=device)
+    return added, fd
+
+
+async def move(machine: Machine, index: int, vector: int, cpu: int = 0) -> None:
+    """The guest rewrites the entry of one vector and invalidates it."""
+    machine.write_irte(index, vector, cpu)
+    assert await to_thread(machine.router.invalidate, entry(index)) == 1
+
+
+async def is_served(machine: "Machine", vector: Vector) -> None:
+    """Let the loop run until an event was caught and the route is in place: the next event has ``vector`` assigned."""
+    await eventually(
+        lambda: vector.accepted_generation == vector.generation and not machine.router._watched._unanswered,
+        f"{vector!r} served",
+    )
+
+
+async def is_assigned(vector: Vector) -> None:
+    """Let the loop run until ``vector`` is assigned."""
+    await eventually(lambda: vector.state is State.ASSIGNED, f"{vector!r} assigned")

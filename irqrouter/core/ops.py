@@ -76,14 +76,22 @@ class CatchFault(msgspec.Struct, frozen=True):
 
 
 class Assign(msgspec.Struct, frozen=True):
-    """Bind the irqfd, then read and discard what was pending: KVM has injected that."""
+    """Bind the irqfd, then read and discard what was pending: KVM has injected that.
+
+    With ``delivering`` only if an event is pending (``EAGAIN`` otherwise), which KVM thereby delivers. On an eventfd
+    that devices are signalling this is the only safe way: KVM looks at the count without its lock
+    (fs/eventfd.c:eventfd_poll), can see one that its new waiter is just taking, and injects that event twice. If an
+    event is pending there are never fewer events than injections.
+    """
 
     vector: VectorId
     generation: Generation
+    delivering: bool = False
 
     def describe(self) -> str:
         """One line for people."""
-        return f"assign vector {self.vector} (generation {self.generation})"
+        how = ", delivering what is pending" if self.delivering else ""
+        return f"assign vector {self.vector}{how} (generation {self.generation})"
 
 
 Op: TypeAlias = Deassign | SetRoute | DropRoute | Catch | CatchFault | Assign

@@ -221,10 +221,9 @@ def decide(vector: VectorId, generation: Generation, outcome: Message | Fault) -
     return Catch(vector, generation, outcome)
 
 
-def settle(catch: Catch) -> tuple[SetRoute, Assign]:
-    """What follows a catch, so that the kernel delivers the next event: the route and the irqfd.
+def route(catch: Catch) -> SetRoute:
+    """What follows a catch: the route, so that the vector can be assigned at its next event.
 
-    They come after it so that the first interrupt never waits for a table write. After a fault nothing follows: the
-    vector stays deassigned.
+    It comes after the catch so that the first interrupt never waits for a table write.
     """
-    return SetRoute(catch.vector, catch.generation, catch.delivery), Assign(catch.vector, catch.generation)
+    return SetRoute(catch.vector, catch.generation, catch.delivery)

@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from irqrouter.core.machine import Event, State
-from irqrouter.core.ops import Assign, Catch, CatchFault, Deassign, DropRoute, Op, SetRoute
+from irqrouter.core.ops import Assign, Catch, CatchFault, Deassign, DropRoute, Generation, Op, SetRoute
 from irqrouter.core.routes import RouteTable
 from irqrouter.core.vectors import Vector, Vectors, VectorStatus, decide
 from irqrouter.errors import CallerError, IrqrouterError, KernelError, SpecError
@@ -34,7 +34,7 @@ from irqrouter.x86.msi import Message, Request
 #: A vector that lost this many races in a row is served by the next invalidation that matches it.
 PATIENCE = 3
 
-#: Refusals that may be gone at the next event.
+#: Refusals of a table that may be gone at the next event.
 _PASSING = frozenset({errno.ENOMEM, errno.EAGAIN, errno.EINTR})
 
 
@@ -272,8 +272,8 @@ class Executor:
             return error.errno
         return 0
 
-    def run_now(self, op: Catch | CatchFault) -> int | None:
-        """Carry out one catch if that needs no waiting; None, and nothing done, if the lock is taken.
+    def run_now(self, op: Catch | CatchFault | Assign) -> int | None:
+        """Carry out one delivery if that needs no waiting; None, and nothing done, if the lock is taken.
 
         This is what the event loop calls, which waits for nobody.
         """
@@ -283,6 +283,11 @@ class Executor:
             return self._carry_out(op)
         finally:
             self._lock.release()
+
+    def may_assign(self, vector: Vector, generation: Generation) -> bool:
+        """Whether ``Assign`` is worth a try. Asked without the lock: what it says then counts."""
+        routed = vector.accepted_generation == generation and not vector.assign_errno
+        return routed and vector.id not in self._deassigning
 
     def _blame(self, batch: Sequence[Op], errnos: list[int], refused: int) -> None:
         """Give the errno of a refused table write to the batch's ``SetRoute`` operations that fell with it."""
@@ -379,7 +384,7 @@ class Executor:
                 return self._catch_fault(vector, op.record)
             if isinstance(op, SetRoute):
                 return self._set_route(vector, op.route)
-            return self._assign(vector)
+            return self._assign(vector, delivering=op.delivering)
         except (CallerError, SpecError):  # a message that KVM cannot be given: the remapper's doing
             return errno.EINVAL
         except KernelError as error:
@@ -460,15 +465,17 @@ class Executor:
         vector.lost_races = 0
         return 0
 
-    def _assign(self, vector: Vector) -> int:
+    def _assign(self, vector: Vector, *, delivering: bool) -> int:
         if vector.id in self._deassigning:
             return errno.EINPROGRESS
         eventfd = self._eventfds[vector.id]
+        if delivering and not eventfd.pending():
+            return errno.EAGAIN
         try:
             self._vm.irqfd_assign(eventfd, vector.gsi)
         except KernelError as error:
             # EBUSY: somebody else's irqfd. What is pending was not injected and must not be discarded; we deliver.
-            self._refused(vector, error.errno)
+            vector.assign_errno = error.errno
             raise
         self._vectors.happen(vector, Event.ASSIGNED)
         # KVM injected what was pending, and did not drain it.
@@ -482,13 +489,9 @@ class Executor:
             vector = self._vectors.routed_at(gsi)
             if vector is not None and vector.state is not State.REMOVED:
                 deassigns += self._happen(vector, Event.ROUTE_REFUSED)
-                self._refused(vector, code)
+                if code not in _PASSING:
+                    vector.assign_errno = code
         return deassigns
-
-    def _refused(self, vector: Vector, code: int) -> None:
-        """The kernel refused the vector's route or irqfd: not to be asked again in this generation, if that stays."""
-        if code not in _PASSING:
-            vector.assign_errno = code
 
     def _serve(self, vector: Vector) -> None:
         """Deliver a pending event here and now: the loop's decisions about it keep coming too late."""

@@ -16,7 +16,8 @@ First come the kernel's own objects, named as in Linux (``eventfd_ctx``, ``kvm_k
 one lock. Below them are the system calls on these objects, which take the lock, count and fail on request.
 ``tests/kvm/test_kernel_contract.py`` holds this file and the real kernel to the same tests.
 
-Not simulated: xAPIC mode, priorities in the local APIC, EOI, and kernels older than 6.17.
+Not simulated: that KVM_IRQFD looks at the count without its lock (core/ops.py, Assign), xAPIC mode, priorities in the
+local APIC, EOI, and kernels older than 6.17.
 """
 
 import errno

@@ -5,7 +5,7 @@ import pytest
 from irqrouter.core.machine import Event, State
 from irqrouter.core.ops import Assign, Catch, CatchFault, Deassign, DropRoute, SetRoute
 from irqrouter.core.routes import GsiExhaustedError, RouteTable
-from irqrouter.core.vectors import Vector, VectorGoneError, Vectors, decide, settle
+from irqrouter.core.vectors import Vector, VectorGoneError, Vectors, decide, route
 from irqrouter.iommu.vtd import FaultReason, VtdFault
 from irqrouter.scope import EVERYTHING, Scope
 from irqrouter.x86.msi import Message, Request
@@ -27,8 +27,8 @@ def test_decide_on_a_message_catches_it() -> None:
     assert decide(3, 7, X) == Catch(3, 7, X)
 
 
-def test_settle_after_a_catch_routes_then_assigns() -> None:
-    assert settle(Catch(3, 7, X)) == (SetRoute(3, 7, X), Assign(3, 7))
+def test_route_after_a_catch_is_that_of_the_same_generation() -> None:
+    assert route(Catch(3, 7, X)) == SetRoute(3, 7, X)
 
 
 def test_decide_on_a_fault_only_catches_it() -> None:
@@ -108,6 +108,7 @@ def test_add_up_to_the_last_gsi_then_a_typed_error_and_nothing_changed(vectors: 
         (DropRoute(3), "drop the route of vector 3"),
         (Catch(3, 9, X), "catch vector 3, deliver FEE01000/00004041 (generation 9)"),
         (Assign(3, 9), "assign vector 3 (generation 9)"),
+        (Assign(3, 9, delivering=True), "assign vector 3, delivering what is pending (generation 9)"),
     ],
 )
 def test_ops_describe_themselves(op: Deassign | SetRoute | DropRoute | Catch | CatchFault | Assign, words: str) -> None:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 
-class InvariantBrokenError(AssertionError):
-    """One of I1-I7 does not hold; ``trace`` tells in words how it came to that."""
+class InvariantBrokenError(BaseException):
+    """One of I1-I7 does not hold; ``trace`` tells how it came to that. Not an Exception: the router survives those."""
 
     def __init__(self, invariant: str, what: str, trace: list[str]) -> None:
         super().__init__(f"{invariant}: {what}\n" + "\n".join(f"  {n}. {line}" for n, line in enumerate(trace, 1)))

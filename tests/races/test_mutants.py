@@ -152,7 +152,9 @@ def refused_table_taken_for_accepted(patch: Patch) -> None:
 def no_discard_after_assign(patch: Patch) -> None:
     """What KVM injected at assign stays in the eventfd."""
 
-    def assign(self: Executor, vector: Vector) -> int:
+    def assign(self: Executor, vector: Vector, *, delivering: bool) -> int:
+        if delivering and not self._eventfds[vector.id].pending():
+            return errno.EAGAIN
         self._vm.irqfd_assign(self._eventfds[vector.id], vector.gsi)
         self._vectors.happen(vector, Event.ASSIGNED)
         return 0
@@ -208,6 +210,8 @@ def generation_sampled_after_the_reading(patch: Patch) -> None:
 
     def decide_late(self: Router, vector: Vector) -> object:
         outcome = self._remapper.translate(vector.request)
+        if self._executor.may_assign(vector, vector.generation):
+            return Assign(vector.id, vector.generation, delivering=True)
         return decide(vector.id, vector.generation, outcome)
 
     patch.setattr(Router, "_decide", decide_late)
@@ -223,24 +227,9 @@ def unmasked_and_not_watched(patch: Patch) -> None:
     patch.setattr(_Watched, "look_again", lambda self, vector: None)
 
 
-def settled_and_not_watched(patch: Patch) -> None:
-    """A vector is not watched again after it was settled."""
-    settle = Router._run_settling
-
-    def forget(self: Router, settlings: object) -> object:
-        settle(self, settlings)  # type: ignore[arg-type]
-        raise _ForgottenError
-
-    def silent(self: Router, misses: object) -> None:
-        try:
-            original(self, misses)  # type: ignore[arg-type]
-        except _ForgottenError:
-            pass
-
-    original = Router._settle
-    patch.setattr(Router, "_run_settling", forget)
-    patch.setattr(Router, "_settle", silent)
-    patch.setattr(Router, "_assign_new", lambda self, vectors: None)
+def answered_and_not_watched(patch: Patch) -> None:
+    """A vector is not watched again after it was served."""
+    patch.setattr(_Watched, "answered", lambda self, vector: self._unanswered.discard(vector))
 
 
 def generation_before_the_message(patch: Patch) -> None:
@@ -269,10 +258,6 @@ def one_record_for_all_it_takes(patch: Patch) -> None:
     patch.setattr(Executor, "_catch_fault", catch_fault)
 
 
-class _ForgottenError(Exception):
-    pass
-
-
 MUTANTS: list[tuple[Callable[[Patch], None], set[str]]] = [
     (catch_split_in_two, {"I1"}),
     (without_generation(CatchFault), {"I2"}),
@@ -292,7 +277,7 @@ MUTANTS: list[tuple[Callable[[Patch], None], set[str]]] = [
     (generation_sampled_after_the_reading, {"I2"}),
     (invalidation_without_deassign, {"I2"}),
     (unmasked_and_not_watched, {"I1"}),
-    (settled_and_not_watched, {"I1"}),
+    (answered_and_not_watched, {"I1"}),
     (generation_before_the_message, {"I2"}),
     (one_record_for_all_it_takes, {"I1"}),
 ]

@@ -141,6 +141,32 @@ def reprogrammed_beside_its_old_entry(choices: Choices) -> None:
         world.run(one=guest(world, device), two=rewrites_then_fires(world, 5, device))
 
 
+def moved_when_about_to_be_assigned(choices: Choices) -> None:
+    """The route is in place and the event pending that will have the vector assigned, and the guest moves it."""
+    with World(choices) as world:
+        device = world.add("v", 5)
+        world.invalidate(5)
+        world.fire(device)
+        world.settle()
+        world.fire(device)
+        world.run(guest=rewrites_then_fires(world, 5, device))
+
+
+def reprogrammed_when_about_to_be_assigned(choices: Choices) -> None:
+    """The same, and the guest gives it another MSI."""
+
+    def guest(world: World, book: Book) -> Iterator[None]:
+        world.program(book, 6)
+        yield
+        world.fire(book)
+        yield
+
+    with World(choices) as world:
+        device = world.add("v", 5)
+        world.fire(device)
+        world.run(guest=guest(world, device), device=fires(world, device, 1))
+
+
 def stays_broken(choices: Choices) -> None:
     """Events on an entry that is invalid: a record for each that came after the last."""
     with World(choices) as world:
@@ -285,6 +311,8 @@ WORLDS: list[Callable[[Choices], None]] = [
     reprogrammed,
     reprogrammed_assigned,
     reprogrammed_beside_its_old_entry,
+    moved_when_about_to_be_assigned,
+    reprogrammed_when_about_to_be_assigned,
     stays_broken,
     gsi_reused,
     descriptor_reused,

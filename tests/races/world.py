@@ -167,6 +167,11 @@ class World:
         self._exploring = False
         self._close_books()
 
+    def settle(self) -> None:
+        """Let the router come to rest, in one order: what a world may begin with."""
+        while enabled := self._enabled():
+            self._take(enabled[0])
+
     def point(self) -> None:
         """Others may take steps here, as many as they like: once begun, that is one preemption.
 
