@@ -163,3 +163,10 @@ async def is_served(machine: "Machine", vector: Vector) -> None:
 async def is_assigned(vector: Vector) -> None:
     """Let the loop run until ``vector`` is assigned."""
     await eventually(lambda: vector.state is State.ASSIGNED, f"{vector!r} assigned")
+
+
+async def next_arrived(machine: Machine) -> list[tuple[int, int]]:
+    """Let the loop run until something arrives."""
+    # Looked at without clearing: what KVM's work item injects between the look and the clearing would be wiped out.
+    await eventually(lambda: any(cpu.irr() for cpu in machine.cpus), "a delivery")
+    return machine.arrived()

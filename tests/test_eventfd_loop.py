@@ -19,7 +19,7 @@ from irqrouter.kvm.port import BlockingEventfdError, NotAnEventfdError, Semaphor
 from irqrouter.kvm.vm import KvmVm
 from irqrouter.uevents import Uevent, Uevents, UeventsLost
 from irqrouter.x86.msi import Message
-from tests.machine import REQUESTER, Machine, add, eventually, is_assigned, is_served, message_of, move
+from tests.machine import REQUESTER, Machine, add, eventually, is_assigned, is_served, message_of, move, next_arrived
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("nothing_leaks")]
 
@@ -47,7 +47,7 @@ async def test_invalidated_vector_is_caught_retranslated_delivered_and_reassigne
 
     os.eventfd_write(fd, 1)
     await is_assigned(vector)
-    await eventually(lambda: machine.arrived() == [(1, 0x52)], "delivery by the assignment")
+    assert await next_arrived(machine) == [(1, 0x52)], "by the assignment"
     assert (vector.caught, machine.router.wakeups, machine.vm.calls["msi"]) == (1, 2, 1)
 
     os.eventfd_write(fd, 1)

@@ -24,7 +24,7 @@ from irqrouter.iommu_remap import EVERYTHING, entry
 from irqrouter.kvm.executor import PATIENCE, _Deassign
 from irqrouter.kvm.port import Eventfd
 from irqrouter.x86.msi import Message, Request
-from tests.machine import REQUESTER, Machine, add, eventually, is_assigned, is_served, message_of, move
+from tests.machine import REQUESTER, Machine, add, eventually, is_assigned, is_served, message_of, move, next_arrived
 
 pytestmark = [
     pytest.mark.asyncio,
@@ -33,13 +33,6 @@ pytestmark = [
 ]
 
 Patch = pytest.MonkeyPatch
-
-
-async def next_arrived(machine: Machine) -> list[tuple[int, int]]:
-    """Let the loop run until something arrives."""
-    # Looked at without clearing: what KVM's work item injects between the look and the clearing would be wiped out.
-    await eventually(lambda: any(cpu.irr() for cpu in machine.cpus), "a delivery")
-    return machine.arrived()
 
 
 def once(patch: Patch, target: object, name: str, instead: Callable[..., object]) -> None:
