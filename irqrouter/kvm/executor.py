@@ -45,13 +45,16 @@ class DuplicateEventfdError(CallerError):
 class _Deassign:
     """A deassign on its way: from the change of the vector until the ioctl has returned. One caller makes the ioctl."""
 
+    __slots__ = ("_claim", "_on_its_way", "cookie", "error", "eventfd", "vector")
+
     def __init__(self, vector: Vector, eventfd: Eventfd, cookie: Cookie) -> None:
         self.vector = vector
         self.cookie = cookie  # the irqfd's, which may not be the vector's any more
         self.eventfd = eventfd
         self.error: KernelError | None = None
         self._claim = threading.Lock()
-        self._finished = threading.Event()
+        self._on_its_way = threading.Lock()  # not an Event: this is made for every invalidation
+        self._on_its_way.acquire()
 
     def claim(self) -> bool:
         """Whether the caller is the one to make the ioctl."""
@@ -60,11 +63,12 @@ class _Deassign:
     def finish(self, error: KernelError | None) -> None:
         """The ioctl has returned."""
         self.error = error
-        self._finished.set()
+        self._on_its_way.release()
 
     def wait(self) -> None:
         """Wait until the ioctl has returned."""
-        self._finished.wait()
+        with self._on_its_way:
+            pass
 
 
 class Executor:
@@ -135,9 +139,10 @@ class Executor:
                         failure = error
                 self._lock.give_way()
             # Those of vectors that were removed, or given another cookie, and whose irqfd may still be there.
-            for deassign in list(self._deassigning.values()):
-                if deassign.cookie in scope:
-                    deassigns += self._on_its_way(deassign.vector)
+            if len(self._deassigning) > len(deassigns):
+                for deassign in list(self._deassigning.values()):
+                    if deassign.cookie in scope:
+                        deassigns += self._on_its_way(deassign.vector)
         self._deassign(deassigns)
         if failure is not None:
             raise failure
@@ -351,17 +356,18 @@ class Executor:
             raise failure
 
     def _make_deassign(self, deassign: _Deassign) -> None:
-        call, vector = "KVM_IRQFD with KVM_IRQFD_FLAG_DEASSIGN", deassign.vector
-        error: KernelError | None = KernelError(errno.EINTR, call, f"vector {vector.id}")
+        vector = deassign.vector
         try:
             self._vm.irqfd_deassign(deassign.eventfd, vector.gsi)
+        except KernelError as error:
+            deassign.finish(error)
+        except BaseException:  # whatever came up, nobody waits for ever, and the next verb tries again
+            deassign.finish(KernelError(errno.EINTR, "KVM_IRQFD with KVM_IRQFD_FLAG_DEASSIGN", f"vector {vector.id}"))
+            raise
+        else:
             with self._lock:
                 self._deassigning.pop(vector.id, None)
-            error = None
-        except KernelError as refused:
-            error = refused
-        finally:  # whatever else came up, nobody waits for ever
-            deassign.finish(error)
+            deassign.finish(None)
 
     # --- one operation each, with the lock held. -----------------------------------------------------------------
 

@@ -387,7 +387,7 @@ class Deassign(_Deassign):
     """A deassign on one thread: who would wait for it cannot be interrupting the one who makes it."""
 
     def wait(self) -> None:
-        if not self._finished.is_set():
+        if self._on_its_way.locked():
             raise ImpossibleError
 
 
