@@ -2,9 +2,7 @@
 
 import bisect
 
-from irqrouter.scope import EVERYTHING, UNINDEXED, Cookie, Scope
-
-__all__ = ["EVERYTHING", "UNINDEXED", "Cookie", "CookieIndex", "Scope"]
+from irqrouter.scope import Cookie, Scope
 
 
 class CookieIndex:

@@ -53,10 +53,10 @@ class RouteTable:
         self._wanted[gsi] = route
         return self._compare(gsi)
 
-    def drop(self, gsi: int) -> bool:
-        """Want no route for ``gsi``. True when the kernel has none."""
+    def drop(self, gsi: int) -> None:
+        """Want no route for ``gsi``."""
         self._wanted.pop(gsi, None)
-        return self._compare(gsi)
+        self._compare(gsi)
 
     def set_foreign(self, routes: Mapping[int, Message]) -> None:
         """Replace the VMM's own routes. A GSI that is ours raises ``CallerError``, and nothing changes."""

@@ -45,7 +45,7 @@ from irqrouter.kvm.abi import (
     kvm_sregs,
 )
 from irqrouter.kvm.eventfd import kernel_error
-from irqrouter.kvm.vm import KvmVm, open_kvm
+from irqrouter.kvm.vm import KvmVm, libc_ioctl, open_kvm
 
 _APIC_BASE_X2APIC: Final = 0xC00  # IA32_APIC_BASE: EN (bit 11) and EXTD (bit 10); Intel SDM vol. 3, "x2APIC Mode"
 _CPUID_1_ECX_X2APIC: Final = 1 << 21
@@ -59,10 +59,6 @@ _EXIT_REASON: Final = slice(KVM_RUN_EXIT_REASON_OFFSET, KVM_RUN_EXIT_REASON_OFFS
 # KVM_RUN and is never delivered. No handler is needed, hence no main thread, and one that exists is not disturbed.
 _KICK: Final = signal.SIGUSR1
 _IN_KVM_RUN: Final = KVM_SIGNAL_MASK_STRUCT.pack(8) + struct.pack("<Q", (1 << 64) - 1 ^ 1 << _KICK - 1)
-
-# Not fcntl.ioctl, which is free to retry after EINTR. This, too, releases the GIL.
-_libc_ioctl: Final = ctypes.CDLL(None, use_errno=True).ioctl
-_libc_ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong)
 
 
 class UnexpectedExitError(IrqrouterError):
@@ -217,7 +213,8 @@ class Vcpu:
 
     def _run_guest(self) -> None:
         while not self._stop_requested:
-            if _libc_ioctl(self._fd, KVM_RUN, 0) == 0:
+            # Not fcntl.ioctl, which is free to retry after EINTR.
+            if libc_ioctl(self._fd, KVM_RUN, 0) == 0:
                 raise self._unexpected_exit()
             code = ctypes.get_errno()
             if code != errno.EINTR:

@@ -337,14 +337,15 @@ class KvmVm:
             raise _refusal(error, call, what) from error
 
 
-_libc_ioctl: Final = ctypes.CDLL(None, use_errno=True).ioctl
-_libc_ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
+#: ``ioctl(2)`` itself: the GIL is always released, and ``EINTR`` comes back. Below 0 it failed; ``ctypes.get_errno()``.
+libc_ioctl: Final = ctypes.CDLL(None, use_errno=True).ioctl
+libc_ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
 
 
 def _large_ioctl(fd: int, request: int, argument: ctypes.Array[ctypes.c_char]) -> None:
     # For an argument above 1024 bytes fcntl.ioctl keeps the GIL (Modules/fcntlmodule.c:fcntl_ioctl_impl), and to write
     # a large table takes a millisecond or more: every thread would wait, the loop's first of all.
-    if _libc_ioctl(fd, request, argument) < 0:
+    if libc_ioctl(fd, request, argument) < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 

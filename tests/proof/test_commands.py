@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from irqrouter.cli import demo, stress
-from irqrouter.core.cookies import Scope
 from irqrouter.eventfd_loop import Router
 from irqrouter.proof import command
 from irqrouter.proof import scenario as scenario_module
 from irqrouter.proof.guest import Pairs
 from irqrouter.proof.ledger import FAULT, HELD, Rule, Violation
+from irqrouter.scope import Scope
 from irqrouter.x86.msi import Message, remapped
 
 needs_kvm = pytest.mark.skipif(not Path("/dev/kvm").exists(), reason="there is no /dev/kvm")
