@@ -1,0 +1,1 @@
+"""Routing for VMs that live in other processes: what ``irqrouter serve`` runs."""
