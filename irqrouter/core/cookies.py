@@ -36,6 +36,14 @@ class CookieIndex:
         """The vectors whose cookie is in ``scope``, in the order of their cookies."""
         if scope.first == scope.last:
             return list(self._vectors.get(scope.first, ()))
+        return [vector for cookie in self._within(scope) for vector in self._vectors[cookie]]
+
+    def count(self, scope: Scope) -> int:
+        """How many vectors have a cookie in ``scope``."""
+        if scope.first == scope.last:
+            return len(self._vectors.get(scope.first, ()))
+        return sum(len(self._vectors[cookie]) for cookie in self._within(scope))
+
+    def _within(self, scope: Scope) -> list[Cookie]:
         start = bisect.bisect_left(self._sorted, scope.first)
-        end = bisect.bisect_right(self._sorted, scope.last)
-        return [vector for cookie in self._sorted[start:end] for vector in self._vectors[cookie]]
+        return self._sorted[start : bisect.bisect_right(self._sorted, scope.last)]

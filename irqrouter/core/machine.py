@@ -7,6 +7,9 @@ Rule 2: a pair that is not in the table is illegal: it raises and changes nothin
 ``DEASSIGNED``: the loop watches the eventfd. When it fires the event is caught (delivered, or recorded as a fault);
 after a delivery the irqfd is assigned again. ``MASKED``: nobody reads; the count in the eventfd is the pending bit.
 
+An invalidation of many vectors at once may leave the assigned ones assigned while their routes are fetched
+(``WIDENED``); those that get none in time are deassigned when it ends (``ROUTE_MISSED``).
+
 A row that *renews* gives the vector a new generation. Everything that changes what a vector is renews it, and
 everything decided under an older generation is refused (``ESTALE``): that one rule is what keeps late decisions
 harmless.
@@ -42,6 +45,11 @@ class Event(enum.Enum):
 
     #: The guest's IOMMU dropped a translation this vector may have been made with.
     INVALIDATED = "invalidated"
+    #: The same, by an invalidation that has not ended: what is assigned may stay so, if it gets a new route by then.
+    WIDENED = "invalidated with many"
+    #: That invalidation ends, and the vector's route is not known to be from after it began, or KVM not to be done with
+    #: the one before.
+    ROUTE_MISSED = "left without its route"
     #: The guest masked it.
     MASKED = "masked"
     #: The guest unmasked it.
@@ -75,6 +83,13 @@ TABLE: dict[tuple[State, Event], Row] = {
     (_A, Event.INVALIDATED): Row(_D, renews=True, deassign=True),
     (_D, Event.INVALIDATED): Row(_D, renews=True),
     (_M, Event.INVALIDATED): Row(_M, renews=True),
+    #
+    (_A, Event.WIDENED): Row(_A, renews=True),
+    (_D, Event.WIDENED): Row(_D, renews=True),
+    (_M, Event.WIDENED): Row(_M, renews=True),
+    #
+    # Not renewed: it was, when that invalidation began, and whatever was decided since is as good as before.
+    (_A, Event.ROUTE_MISSED): Row(_D, deassign=True),
     #
     (_A, Event.MASKED): Row(_M, renews=True, deassign=True),
     (_D, Event.MASKED): Row(_M, renews=True),

@@ -94,9 +94,17 @@ class RouteTable:
         """Whether the kernel has what is wanted for ``gsi``."""
         return gsi not in self._changed
 
+    def wanted(self, gsi: int) -> Message | None:
+        """The route that ``gsi`` is to have."""
+        return self._wanted.get(gsi)
+
     def accepted(self, gsi: int) -> Message | None:
         """The route of ``gsi`` in the table the kernel last accepted."""
         return self._accepted.get(gsi)
+
+    def certain(self, gsi: int) -> Message | None:
+        """The route that KVM goes by; None where there is none, or another is wanted and may be on its way."""
+        return self._accepted.get(gsi) if self.has(gsi) else None
 
     def accept(self, changes: Mapping[int, Message | None]) -> None:
         """The kernel took the table with ``changes`` in it. What was wanted since then is a change still."""
@@ -132,3 +140,19 @@ class RouteTable:
             return True
         self._changed.add(gsi)
         return False
+
+
+def replaced_at_once(before: Message, after: Message) -> bool:
+    """Whether KVM delivers nothing more by ``before`` once it has accepted a table with ``after`` in its place.
+
+    An injection on the signaller's thread holds kvm->irq_srcu throughout, and a table write waits for that
+    (arch/x86/kvm/irq.c:kvm_arch_set_irq_inatomic). One that KVM puts off to its work queue copies the route, lets go of
+    irq_srcu, and then delivers (virt/kvm/irqchip.c:kvm_set_irq); nothing but a deassign waits for it. KVM puts off what
+    has not exactly one destination, as far as can be told without its map of the guest's local APICs.
+    """
+    return _one_destination(before) and _one_destination(after)
+
+
+def _one_destination(route: Message) -> bool:
+    """Whether ``route`` is physical (address bit 2) and no broadcast: FFh in bits 19:12, also of x2APIC's FFFFFFFFh."""
+    return not route.address & 1 << 2 and route.address >> 12 & 0xFF != 0xFF

@@ -12,7 +12,7 @@ import msgspec
 from irqrouter.core.cookies import CookieIndex
 from irqrouter.core.machine import Event, Row, State, step
 from irqrouter.core.ops import Assign, Catch, CatchFault, Generation, SetRoute, VectorId
-from irqrouter.core.routes import RouteTable
+from irqrouter.core.routes import RouteTable, replaced_at_once
 from irqrouter.errors import CallerError
 from irqrouter.iommu.fault import Fault
 from irqrouter.scope import Cookie, Scope
@@ -57,8 +57,10 @@ class Vector:
     __slots__ = (
         "accepted_generation",
         "assign_errno",
+        "born",
         "caught",
         "cookie",
+        "deferred",
         "device",
         "discarded",
         "faults",
@@ -82,6 +84,7 @@ class Vector:
         self.cookie = cookie
         self.state = State.DEASSIGNED
         self.generation: Generation = 0
+        self.born: Generation = 0
         # The generation of the last SetRoute, and that of the route the kernel has accepted: what Assign may go by
         # (I4).
         self.routed_generation: Generation = 0
@@ -94,6 +97,8 @@ class Vector:
         self.faults = 0
         self.stale = 0
         self.discarded = 0
+        # Whether the last KVM_IRQFD found an event pending: KVM injects that from its work queue, at any time.
+        self.deferred = False
         self.last_miss_us: float | None = None
 
     def __repr__(self) -> str:
@@ -118,7 +123,7 @@ class Vectors:
         """Make a vector, with a GSI of its own and an id that is never given again."""
         vector = Vector(self._last_id + 1, self.routes.allocate(), request, cookie, device)
         self._last_id = vector.id
-        vector.generation = self._renew()
+        vector.generation = vector.born = self._renew()
         if masked:
             vector.state = State.MASKED
         self._vectors[vector.id] = vector
@@ -143,6 +148,10 @@ class Vectors:
     def matching(self, scope: Scope) -> list[Vector]:
         """The vectors an invalidation of ``scope`` touches."""
         return [self._vectors[vector] for vector in self._cookies.matching(scope)]
+
+    def count(self, scope: Scope) -> int:
+        """How many vectors an invalidation of ``scope`` touches."""
+        return self._cookies.count(scope)
 
     def happen(self, vector: Vector, event: Event) -> Row:
         """Move ``vector`` through the table. The caller carries out what the returned row demands, at once.
@@ -185,6 +194,16 @@ class Vectors:
         if isinstance(op, Assign) and vector.accepted_generation != op.generation:
             return errno.ENXIO
         return 0
+
+    def may_stay(self, vector: Vector, since: Generation, before: Message | None) -> bool:
+        """Whether ``vector`` may stay assigned when an invalidation ends, once KVM has accepted the route it wants.
+
+        The invalidation gave it the generation ``since``, and found KVM going by ``before`` (None: that is not known).
+        """
+        after = self.routes.wanted(vector.gsi)
+        if vector.routed_generation < since or before is None or after is None:
+            return False
+        return before == after or (not vector.deferred and replaced_at_once(before, after))
 
     def status(self, vector: Vector) -> VectorStatus:
         """A snapshot for people and machines."""

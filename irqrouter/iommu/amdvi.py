@@ -242,6 +242,10 @@ class AmdviFault(Fault, frozen=True, kw_only=True):
         raw = entry.encode()
         return raw & (1 << 64) - 1, raw >> 64
 
+    def record(self) -> tuple[int, int] | None:
+        """:meth:`event`."""
+        return self.event()
+
 
 class Registers(msgspec.Struct, frozen=True):
     """The unit's state that decides translations: bits of the Control register, and the device table."""

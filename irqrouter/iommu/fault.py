@@ -20,6 +20,10 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True):
         """The rule that blocked the interrupt."""
         return "blocked by the remapping unit"
 
+    def record(self) -> tuple[int, int] | None:
+        """The record as hardware writes it, low and high quadword; None where hardware has none for it."""
+        return None
+
     def describe(self) -> str:
         """``00:03.0: 22h: the IRTE is not present, index 0x5``, with ``(not recorded)`` behind it where it is not."""
         return f"{bdf(self.requester)}: {self.why}{'' if self.recorded else ' (not recorded)'}"
@@ -34,6 +38,22 @@ class NotAnInterrupt(Fault, frozen=True, kw_only=True):
     def why(self) -> str:
         """The rule that blocked the interrupt."""
         return f"{self.message.describe()} is not addressed to FEEx_xxxxh: no interrupt"
+
+
+class RecordedFault(Fault, frozen=True, kw_only=True):
+    """A fault of which only the record is known: somebody else has translated."""
+
+    low: int
+    high: int
+
+    @property
+    def why(self) -> str:
+        """The record's two quadwords."""
+        return f"blocked elsewhere, record {self.high:016x}:{self.low:016x}"
+
+    def record(self) -> tuple[int, int]:
+        """The record, as it was given."""
+        return self.low, self.high
 
 
 def unremapped(request: Request) -> Message | NotAnInterrupt:

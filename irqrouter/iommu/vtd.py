@@ -177,6 +177,10 @@ class VtdFault(Fault, frozen=True, kw_only=True):
         raw = Frcd(f=1, fr=self.reason, sid=self.requester, fi=fault_info).encode()
         return raw & (1 << 64) - 1, raw >> 64
 
+    def record(self) -> tuple[int, int]:
+        """:meth:`frcd`."""
+        return self.frcd()
+
 
 class Registers(msgspec.Struct, frozen=True):
     """The unit's state that decides translations.

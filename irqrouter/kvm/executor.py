@@ -9,6 +9,10 @@ A *deassign* first changes the vector, under the lock, so that nothing decided b
 ioctl. Until that has returned KVM may still inject by the old route, so a verb that finds a deassign on its way waits
 for it, and ``Assign`` is refused. A *table write* is a snapshot, ordered by a lock of its own.
 
+An invalidation of many vectors can be made in two halves (:meth:`Executor.begin_wide`, :meth:`Executor.finish_wide`),
+between which somebody translates them all again: one table write then stands for many deassigns. Each half is
+checked vector by vector against what other threads did meanwhile, and whatever cannot be shown to be new is deassigned.
+
 What a batch decided is checked against the vector as it is now: an older generation is refused with ``ESTALE``, and
 ``Catch``, ``CatchFault`` and ``Assign`` are refused unless the vector is deassigned. A batch ends by writing the
 routing table if it changed, before the caller acknowledges anything to anybody.
@@ -17,8 +21,13 @@ Works on any kernel of ``kvm/port.py``: the real one, and the simulated one.
 """
 
 import errno
+import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
+
+import msgspec
 
 from irqrouter.core.machine import Event, State
 from irqrouter.core.ops import Assign, Catch, CatchFault, Deassign, DropRoute, Generation, Op, SetRoute
@@ -34,12 +43,27 @@ from irqrouter.x86.msi import Message, Request
 #: A vector that lost this many races in a row is served by the next invalidation that matches it.
 PATIENCE = 3
 
+#: How long an invalidation waits for such a vector where others decide about it.
+CATCH_WAIT_S = 0.001
+
 #: Refusals of a table that may be gone at the next event.
 _PASSING = frozenset({errno.ENOMEM, errno.EAGAIN, errno.EINTR})
 
 
 class DuplicateEventfdError(CallerError):
     """The eventfd is a vector's already: one would eat the other's events."""
+
+
+class Mirror(Protocol):
+    """Whoever shows the vectors to somebody else. Both methods are called often, by any thread, and must not raise."""
+
+    def show(self, vector: Vector) -> None:
+        """Something about ``vector`` has changed. The executor's lock is held."""
+        ...
+
+    def announce(self) -> None:
+        """What was shown is complete. The lock is not held; what may take long, deassigns above all, comes after."""
+        ...
 
 
 class _Deassign:
@@ -71,12 +95,41 @@ class _Deassign:
             pass
 
 
+class _Left(msgspec.Struct):
+    """A vector that a wide invalidation found assigned."""
+
+    vector: Vector
+    #: The generation it was given then.
+    since: Generation
+    #: The route that KVM went by; None if another may have been on its way.
+    before: Message | None
+
+
+class Wide(msgspec.Struct):
+    """An invalidation between its two halves."""
+
+    scope: Scope
+    #: How many vectors it touched.
+    touched: int = 0
+    #: Those that are assigned still, for :meth:`Executor.finish_wide` to route or to deassign.
+    left: list[_Left] = []
+    served: "list[_Awaited]" = []
+
+
+class _Awaited(msgspec.Struct):
+    """A vector that keeps losing the race, and whose event an invalidation gives time to be caught."""
+
+    vector: Vector
+    caught: threading.Event
+
+
 class Executor:
     """Carries out operations on ``vm``.
 
     ``record_fault(vector, fault)`` puts a fault where the VMM keeps them; it is called with the lock held, before the
     event is consumed, and must only store. ``translate(request)`` is the remapper's: an invalidation uses it to serve
-    a vector that keeps losing the race.
+    a vector that keeps losing the race. None where nobody here can translate: the invalidation then waits up to
+    ``CATCH_WAIT_S`` for whoever decides. ``mirror`` is told of every change.
     """
 
     def __init__(
@@ -84,17 +137,20 @@ class Executor:
         vm: Vm,
         *,
         record_fault: Callable[[Vector, Fault], None],
-        translate: Callable[[Request], Message | Fault],
+        translate: Callable[[Request], Message | Fault] | None,
+        mirror: Mirror | None = None,
     ) -> None:
         self._vm = vm
         self._record_fault = record_fault
         self._translate = translate
+        self._mirror = mirror
         self._lock = FairLock()
         self._writing = threading.Lock()  # one table write at a time, so that the kernel has the latest; see there
         self._vectors = Vectors(RouteTable(vm.pins, vm.routes_max))
         self._eventfds: dict[int, Eventfd] = {}
         self._identities: set[int] = set()
         self._deassigning: dict[int, _Deassign] = {}  # by vector; one that failed stays, to be tried again
+        self._awaited: dict[int, _Awaited] = {}  # by vector
         self._closed = False
 
     # --- verbs: what the VMM's threads say. True when they return. -----------------------------------------------
@@ -126,6 +182,7 @@ class Executor:
         before it: only now may the guest be told that its invalidation is complete.
         """
         deassigns: list[_Deassign] = []
+        awaited: list[_Awaited] = []
         failure: Exception | None = None
         with self._lock:
             matching = self._vectors.matching(scope)
@@ -134,19 +191,90 @@ class Executor:
                     vector.invalidations += 1
                     deassigns += self._happen(vector, Event.INVALIDATED)
                     try:
-                        self._serve(vector)
+                        awaited += self._serve(vector)
                     except Exception as error:  # noqa: BLE001 - the remapper's; the others must be deassigned first
                         failure = error
                 self._lock.give_way()
             # Those of vectors that were removed, or given another cookie, and whose irqfd may still be there.
             if len(self._deassigning) > len(deassigns):
-                for deassign in list(self._deassigning.values()):
-                    if deassign.cookie in scope:
-                        deassigns += self._on_its_way(deassign.vector)
+                deassigns += self._all_on_their_way(scope)
         self._deassign(deassigns)
         if failure is not None:
             raise failure
+        self._await(awaited)
         return len(matching)
+
+    def matches(self, scope: Scope) -> int:
+        """How many vectors :meth:`invalidate` would touch."""
+        with self._lock:
+            return self._vectors.count(scope)
+
+    def begin_wide(self, scope: Scope) -> Wide:
+        """The first half of an invalidation that would rather route many vectors afresh than deassign each.
+
+        Every matching vector is renewed, so that nothing decided before counts any more; what is assigned stays so.
+        :meth:`finish_wide` must follow, whatever happens in between.
+        """
+        wide = Wide(scope)
+        with self._lock:
+            for vector in self._vectors.matching(scope):
+                if vector.state is not State.REMOVED:
+                    wide.touched += 1
+                    vector.invalidations += 1
+                    before = self._vectors.routes.certain(vector.gsi)
+                    self._happen(vector, Event.WIDENED)
+                    if vector.state is State.ASSIGNED:
+                        wide.left.append(_Left(vector, vector.generation, before))
+                    elif self._translate is None:  # a remapper might raise, and the second half must follow
+                        wide.served += self._serve(vector)
+                self._lock.give_way()
+        self._announce()
+        return wide
+
+    def finish_wide(self, wide: Wide, routes: Sequence[SetRoute]) -> int:
+        """The second half: ``routes`` for the vectors that the first left assigned; return how many it touched.
+
+        Deassigned is every one of them that is still assigned and whose route is not known to have been decided after
+        :meth:`begin_wide`, for whatever reason (none came, or too late, or the kernel refused it), or that KVM may
+        still be delivering for by the route before (:func:`~irqrouter.core.routes.replaced_at_once`). When this returns
+        the same is true as after :meth:`invalidate`.
+        """
+        deassigns: list[_Deassign] = []
+        with self._lock:
+            for op in routes:
+                self._carry_out(op)
+                self._lock.give_way()
+            for left in wide.left:  # the old route is still in the table: what KVM has put off is delivered by it
+                if not self._vectors.may_stay(left.vector, left.since, left.before):
+                    deassigns += self._unless_routed(left.vector)
+                self._lock.give_way()
+        failure = self._attempt(deassigns)
+        self._write_routes()
+        with self._lock:
+            # What the kernel refused is deassigned by now. Left are those that were given yet another route during the
+            # write: it may have been somebody's who began before we did, or the write did not take it along.
+            deassigns = []
+            for left in wide.left:
+                if left.vector.accepted_generation < left.since:
+                    deassigns += self._unless_routed(left.vector)
+                self._lock.give_way()
+            deassigns += self._all_on_their_way(wide.scope)
+        failure = self._attempt(deassigns) or failure
+        if failure is not None:
+            raise failure
+        self._await(wide.served)
+        return wide.touched
+
+    def _unless_routed(self, vector: Vector) -> list[_Deassign]:
+        return self._happen(vector, Event.ROUTE_MISSED) if vector.state is State.ASSIGNED else []
+
+    def show(self, vectors: Iterable[Vector]) -> None:
+        """Show ``vectors`` to the mirror, changed or not."""
+        with self._lock:
+            for vector in vectors:
+                self._show(vector)
+                self._lock.give_way()
+        self._announce()
 
     def mask(self, vector: Vector) -> None:
         """Mask ``vector``: from now on its events wait in its eventfd."""
@@ -193,6 +321,23 @@ class Executor:
         """``vectors``, or :class:`~irqrouter.core.vectors.VectorGoneError` if one was removed or is another's."""
         with self._lock:
             return [self._vectors.known(vector) for vector in vectors]
+
+    def duplicates(self, vectors: Iterable[Vector]) -> list[tuple[Vector, int]]:
+        """A duplicate of each one's descriptor, to be given away; the caller closes them. Without those removed.
+
+        Raises :class:`~irqrouter.errors.KernelError`, and nothing is left open then.
+        """
+        found: list[tuple[Vector, int]] = []
+        try:
+            with self._lock:  # or a number could be closed, and reused, before it is duplicated
+                for vector in vectors:
+                    if vector.state is not State.REMOVED:
+                        found.append((vector, os.dup(self._eventfds[vector.id].fileno())))  # noqa: PERF401 - to be closed on error
+        except OSError as error:
+            for _, fd in found:
+                os.close(fd)
+            raise KernelError(error.errno or 0, "dup", "the vectors' eventfds") from error
+        return found
 
     def set_foreign_routes(self, routes: Mapping[int, Message]) -> None:
         """Replace the routes that are the VMM's own, I/OAPIC pins for example. They must go in through here.
@@ -258,6 +403,7 @@ class Executor:
             if result:
                 failed.add(op.vector)
         refused = self._write_routes() or refused
+        self._announce()
         if refused:
             self._blame(batch, errnos, refused)
         return errnos
@@ -288,6 +434,7 @@ class Executor:
             return self._carry_out(op)
         finally:
             self._lock.release()
+            self._announce()
 
     def may_assign(self, vector: Vector, generation: Generation) -> bool:
         """Whether ``Assign`` is worth a try. Asked without the lock: what it says then counts."""
@@ -337,6 +484,7 @@ class Executor:
                 # Otherwise the vector has been given another route during the write, which the next one brings.
                 if vector is not None and routes.has(gsi):
                     vector.accepted_generation = vector.routed_generation
+                    self._show(vector)
         return 0
 
     def _deassign(self, deassigns: Sequence[_Deassign]) -> None:
@@ -345,6 +493,13 @@ class Executor:
         All are attempted; the last failure is raised. An irqfd that could not be deassigned is tried again by the next
         verb that meets it.
         """
+        failure = self._attempt(deassigns)
+        if failure is not None:
+            raise failure
+
+    def _attempt(self, deassigns: Sequence[_Deassign]) -> KernelError | None:
+        """The same, and the failure is returned."""
+        self._announce()
         failure: KernelError | None = None
         for deassign in deassigns:
             if deassign.claim():
@@ -352,8 +507,11 @@ class Executor:
             else:
                 deassign.wait()
             failure = deassign.error or failure
-        if failure is not None:
-            raise failure
+        return failure
+
+    def _announce(self) -> None:
+        if self._mirror is not None:
+            self._mirror.announce()
 
     def _make_deassign(self, deassign: _Deassign) -> None:
         vector = deassign.vector
@@ -382,23 +540,34 @@ class Executor:
             if refusal == errno.ESTALE:
                 vector.stale += 1
                 vector.lost_races += isinstance(op, Catch | CatchFault)
+                self._show(vector)
             return refusal
         try:
-            if isinstance(op, Catch):
-                return self._catch(vector, op.delivery)
-            if isinstance(op, CatchFault):
-                return self._catch_fault(vector, op.record)
-            if isinstance(op, SetRoute):
-                return self._set_route(vector, op.route)
-            return self._assign(vector, delivering=op.delivering)
+            return self._carry_out_on(vector, op)
         except (CallerError, SpecError):  # a message that KVM cannot be given: the remapper's doing
             return errno.EINVAL
         except KernelError as error:
             return error.errno
+        finally:
+            self._show(vector)
+
+    def _carry_out_on(self, vector: Vector, op: SetRoute | Catch | CatchFault | Assign) -> int:
+        if isinstance(op, Catch):
+            return self._catch(vector, op.delivery)
+        if isinstance(op, CatchFault):
+            return self._catch_fault(vector, op.record)
+        if isinstance(op, SetRoute):
+            return self._set_route(vector, op.route)
+        return self._assign(vector, delivering=op.delivering)
+
+    def _show(self, vector: Vector) -> None:
+        if self._mirror is not None:
+            self._mirror.show(vector)
 
     def _happen(self, vector: Vector, event: Event, *, cookie: Cookie | None = None) -> list[_Deassign]:
         """Move the vector. It is true once what is returned has been through :meth:`_deassign`, without the lock."""
         row = self._vectors.happen(vector, event)
+        self._show(vector)
         if row.deassign:
             cookie = vector.cookie if cookie is None else cookie
             self._deassigning[vector.id] = _Deassign(vector, self._eventfds[vector.id], cookie)
@@ -412,6 +581,14 @@ class Executor:
         if deassign.error is not None:
             deassign = self._deassigning[vector.id] = _Deassign(vector, deassign.eventfd, deassign.cookie)
         return [deassign]
+
+    def _all_on_their_way(self, scope: Scope) -> list[_Deassign]:
+        """Every deassign that has not returned yet of an irqfd which ``scope`` touches."""
+        found: list[_Deassign] = []
+        for deassign in list(self._deassigning.values()):
+            if deassign.cookie in scope:
+                found += self._on_its_way(deassign.vector)
+        return found
 
     def _refuse_new(self, fd: int, eventfd: Eventfd) -> None:
         if self._closed:
@@ -433,6 +610,7 @@ class Executor:
             return errno.EBUSY
         self._vectors.routes.drop(vector.gsi)
         vector.accepted_generation = 0
+        self._show(vector)
         return 0
 
     def _set_route(self, vector: Vector, route: Message) -> int:
@@ -453,7 +631,7 @@ class Executor:
             raise
         self._vectors.happen(vector, Event.CAUGHT)
         vector.caught += 1
-        vector.lost_races = 0
+        self._won(vector)
         return 0
 
     def _catch_fault(self, vector: Vector, fault: Fault) -> int:
@@ -468,7 +646,7 @@ class Executor:
             self._record_fault(vector, fault)  # an event may have come after the record, and this took it too
         self._vectors.happen(vector, Event.FAULT_CAUGHT)
         vector.faults += 1
-        vector.lost_races = 0
+        self._won(vector)
         return 0
 
     def _assign(self, vector: Vector, *, delivering: bool) -> int:
@@ -485,8 +663,8 @@ class Executor:
             raise
         self._vectors.happen(vector, Event.ASSIGNED)
         # KVM injected what was pending, and did not drain it.
-        if eventfd.read():
-            vector.discarded += 1
+        vector.deferred = bool(eventfd.read())
+        vector.discarded += vector.deferred
         return 0
 
     def _refuse_routes(self, gsis: list[int], code: int) -> list[_Deassign]:
@@ -497,11 +675,37 @@ class Executor:
                 deassigns += self._happen(vector, Event.ROUTE_REFUSED)
                 if code not in _PASSING:
                     vector.assign_errno = code
+                    self._show(vector)
         return deassigns
 
-    def _serve(self, vector: Vector) -> None:
-        """Deliver a pending event here and now: the loop's decisions about it keep coming too late."""
-        if vector.lost_races >= PATIENCE and vector.state is State.DEASSIGNED:
-            catch = decide(vector.id, vector.generation, self._translate(vector.request))
-            if isinstance(catch, Catch):  # a fault is left to the loop, which reads the entry twice
-                self._carry_out(catch)
+    def _won(self, vector: Vector) -> None:
+        """An event of ``vector`` has been taken."""
+        vector.lost_races = 0
+        awaited = self._awaited.pop(vector.id, None)
+        if awaited is not None:
+            awaited.caught.set()
+
+    def _serve(self, vector: Vector) -> list[_Awaited]:
+        """See to a pending event: decisions about it keep coming too late.
+
+        Deliver it here and now, or, if others must decide, return what to wait for once the lock is released.
+        """
+        if vector.lost_races < PATIENCE or vector.state is not State.DEASSIGNED:
+            return []
+        if self._translate is None:
+            if not self._eventfds[vector.id].pending():
+                return []
+            return [self._awaited.setdefault(vector.id, _Awaited(vector, threading.Event()))]
+        catch = decide(vector.id, vector.generation, self._translate(vector.request))
+        if isinstance(catch, Catch):  # a fault is left to the loop, which reads the entry twice
+            self._carry_out(catch)
+        return []
+
+    def _await(self, awaited: Sequence[_Awaited]) -> None:
+        """Give those who decide a moment to catch these, at a generation that stands still meanwhile."""
+        deadline = time.monotonic() + CATCH_WAIT_S
+        for each in awaited:
+            if not each.caught.wait(max(0.0, deadline - time.monotonic())):
+                with self._lock:
+                    self._awaited.pop(each.vector.id, None)
+                    each.vector.lost_races = 0  # nobody decides: waiting again before somebody does is in vain

@@ -19,6 +19,7 @@ def test_matching_any_history_equals_a_walk_over_all(history: list[tuple[int, bo
             index.discard(held.pop(gone), gone)
     for scope in (Scope(*ends), Scope(ends[0], ends[0]), EVERYTHING):
         assert sorted(index.matching(scope)) == sorted(v for v, cookie in held.items() if cookie in scope)
+        assert index.count(scope) == len(index.matching(scope))
 
 
 def test_matching_of_a_narrow_scope_touches_neither_other_cookies_nor_unindexed_vectors() -> None:

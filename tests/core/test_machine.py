@@ -14,6 +14,8 @@ A, D, M, R = State.ASSIGNED, State.DEASSIGNED, State.MASKED, State.REMOVED
 #: What must happen, told independently of the table: the next state, None where the pair is illegal.
 NEXT = {
     Event.INVALIDATED: {A: D, D: D, M: M, R: None},
+    Event.WIDENED: {A: A, D: D, M: M, R: None},
+    Event.ROUTE_MISSED: {A: D, D: None, M: None, R: None},
     Event.MASKED: {A: M, D: M, M: M, R: None},
     Event.UNMASKED: {A: A, D: D, M: D, R: None},
     Event.PROGRAMMED: {A: D, D: D, M: M, R: None},
@@ -56,8 +58,9 @@ def test_machine_leaving_assigned_always_deassigns(state: State, event: Event) -
 @pytest.mark.parametrize(("state", "event"), list(TABLE))
 def test_machine_every_change_of_what_a_vector_is_renews_the_generation(state: State, event: Event) -> None:
     row = step(state, event)
-    changes = event in {Event.INVALIDATED, Event.PROGRAMMED, Event.REMOVED} or row.state is not state
-    decided = event in {Event.CAUGHT, Event.FAULT_CAUGHT, Event.ASSIGNED}  # outcomes of a decision, not changes
+    changes = event in {Event.INVALIDATED, Event.WIDENED, Event.PROGRAMMED, Event.REMOVED} or row.state is not state
+    # Outcomes of a decision, and the end of an invalidation that renewed it when it began: no changes.
+    decided = event in {Event.CAUGHT, Event.FAULT_CAUGHT, Event.ASSIGNED, Event.ROUTE_MISSED}
     assert row.renews == (changes and not decided)
 
 

@@ -2,7 +2,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from irqrouter.core.routes import GsiExhaustedError, RouteTable
+from irqrouter.core.routes import GsiExhaustedError, RouteTable, replaced_at_once
 from irqrouter.errors import CallerError
 from irqrouter.x86.msi import Message
 
@@ -104,6 +104,36 @@ def test_refuse_of_a_snapshot_keeps_what_was_wanted_during_the_write() -> None:
     table.set(24, Y)
     assert table.refuse(written) == []
     assert table.changes() == {24: Y}
+
+
+def test_certain_is_the_accepted_route_unless_another_may_be_on_its_way() -> None:
+    table = RouteTable(24, 4096)
+    table.set(24, X)
+    assert (table.wanted(24), table.certain(24)) == (X, None)
+    table.accept(table.begin_write())
+    assert table.certain(24) == X
+    table.set(24, Y)
+    assert (table.wanted(24), table.certain(24)) == (Y, None)
+    written = table.begin_write()
+    table.set(24, X)
+    assert table.certain(24) is None, "the kernel may have Y by now"
+    table.accept(written)
+    assert table.certain(24) is None
+
+
+@pytest.mark.parametrize(
+    ("other", "at_once"),
+    [
+        (Y, True),
+        (Message(0xFEE02000 | 1 << 2, 0x42), False),  # logical
+        (Message(0xFEEFF000, 0x42), False),  # xAPIC's broadcast
+        (Message(0xFFFFFF00_FEEFF000, 0x42), False),  # x2APIC's
+        (Message(0x00000100_FEE02000, 0x42), True),  # one id above 8 bits
+    ],
+)
+def test_replaced_at_once_needs_exactly_one_destination_before_and_after(other: Message, *, at_once: bool) -> None:
+    assert replaced_at_once(X, other) is at_once
+    assert replaced_at_once(other, X) is at_once
 
 
 def test_set_during_a_write_is_never_taken_for_what_the_kernel_has() -> None:

@@ -92,6 +92,41 @@ def test_forgotten_vector_is_gone_and_its_gsi_free_but_never_its_id(vectors: Vec
     assert (other.gsi, other.id, other.state) == (vector.gsi, 2, State.DEASSIGNED)
 
 
+def test_may_stay_needs_a_route_decided_since_and_nothing_on_its_way_by_the_one_before(vectors: Vectors) -> None:
+    vector = add(vectors)
+    other = Message(0xFEE02000, 0x4042)
+    since = vector.generation
+
+    def routed(route: Message) -> None:
+        vectors.routes.set(vector.gsi, route)
+        vector.routed_generation = vector.generation
+
+    assert not vectors.may_stay(vector, since, X), "no route at all"
+    routed(other)
+    assert vectors.may_stay(vector, since, X)
+    assert not vectors.may_stay(vector, since + 1, X), "decided before"
+    assert not vectors.may_stay(vector, since, None), "nobody knows what KVM goes by"
+    vector.deferred = True
+    assert not vectors.may_stay(vector, since, X), "B7"
+    assert vectors.may_stay(vector, since, other), "nothing changes"
+    vector.deferred = False
+    assert not vectors.may_stay(vector, since, Message(X.address | 1 << 2, X.data)), "B7"
+
+
+def test_vector_is_born_with_its_first_generation(vectors: Vectors) -> None:
+    vector = add(vectors)
+    born = vector.generation
+    vectors.happen(vector, Event.WIDENED)
+    assert (vector.born, vector.generation) == (born, born + 1)
+    assert add(vectors).born == born + 2
+
+
+def test_count_is_what_matches(vectors: Vectors) -> None:
+    for cookie in (5, 5, 6):
+        add(vectors, cookie)
+    assert [vectors.count(scope) for scope in (Scope(5, 5), Scope(6, 9), EVERYTHING, Scope(9, 9))] == [2, 1, 3, 0]
+
+
 def test_add_up_to_the_last_gsi_then_a_typed_error_and_nothing_changed(vectors: Vectors) -> None:
     for _ in range(4096 - 24):
         add(vectors)

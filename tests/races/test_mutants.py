@@ -15,7 +15,7 @@ from irqrouter.core.vectors import Vector, Vectors, decide
 from irqrouter.errors import KernelError
 from irqrouter.eventfd_loop import Router, _Watched
 from irqrouter.iommu.fault import Fault
-from irqrouter.kvm.executor import Executor
+from irqrouter.kvm.executor import Executor, Wide
 from irqrouter.kvm.simulated import SimulatedEventfd, SimulatedVm
 from irqrouter.scope import Cookie
 from irqrouter.x86.msi import Message, Request
@@ -258,6 +258,68 @@ def one_record_for_all_it_takes(patch: Patch) -> None:
     patch.setattr(Executor, "_catch_fault", catch_fault)
 
 
+def wide_acknowledged_without_every_route(patch: Patch) -> None:
+    """A3, A7: what did not get a route stays assigned with the one it has."""
+    patch.setattr(Executor, "_unless_routed", lambda self, vector: [])
+
+
+def wide_route_without_generation(patch: Patch) -> None:
+    """A3: a route for an assigned vector is set whatever its generation."""
+    refusal = Vectors.refusal
+
+    def lenient(self: Vectors, vector: Vector | None, op: SetRoute | Catch | CatchFault | Assign) -> int:
+        if isinstance(op, SetRoute) and vector is not None:
+            return 0
+        return refusal(self, vector, op)
+
+    patch.setattr(Vectors, "refusal", lenient)
+
+
+def wide_without_renewal(patch: Patch) -> None:
+    """A5: an assigned vector keeps its generation when a wide invalidation begins."""
+    patch.setitem(TABLE, (State.ASSIGNED, Event.WIDENED), Row(State.ASSIGNED))
+
+
+def deassigned_vectors_not_renewed_by_wide(patch: Patch) -> None:
+    """A2: nor does a deassigned one, whose event is being decided about."""
+    patch.setitem(TABLE, (State.DEASSIGNED, Event.WIDENED), Row(State.DEASSIGNED))
+
+
+def wide_goes_by_the_decision_alone(patch: Patch) -> None:
+    """A7: whether the kernel has accepted the route is not looked at when a wide invalidation ends."""
+
+    def finish(self: Executor, wide: Wide, routes: list[SetRoute]) -> int:
+        deassigns: list[object] = []
+        with self._lock:
+            for op in routes:
+                self._carry_out(op)
+            for left in wide.left:
+                if not self._vectors.may_stay(left.vector, left.since, left.before):
+                    deassigns += self._unless_routed(left.vector)
+            deassigns += self._all_on_their_way(wide.scope)
+        self._deassign(deassigns)  # type: ignore[arg-type]
+        self._write_routes()
+        return wide.touched
+
+    patch.setattr(Executor, "finish_wide", finish)
+
+
+def wide_waits_for_no_deassign_but_its_own(patch: Patch) -> None:
+    """A deassign that another thread is making is not waited for when a wide invalidation ends."""
+    patch.setattr(Executor, "_all_on_their_way", lambda self, scope: [])
+
+
+def wide_table_write_taken_for_a_drain(patch: Patch) -> None:
+    """B7: a vector whose assignment KVM may still be injecting stays assigned."""
+    may_stay = Vectors.may_stay
+
+    def lenient(self: Vectors, vector: Vector, since: int, before: Message | None) -> bool:
+        vector.deferred = False
+        return may_stay(self, vector, since, before)
+
+    patch.setattr(Vectors, "may_stay", lenient)
+
+
 MUTANTS: list[tuple[Callable[[Patch], None], set[str]]] = [
     (catch_split_in_two, {"I1"}),
     (without_generation(CatchFault), {"I2"}),
@@ -280,6 +342,13 @@ MUTANTS: list[tuple[Callable[[Patch], None], set[str]]] = [
     (answered_and_not_watched, {"I1"}),
     (generation_before_the_message, {"I2"}),
     (one_record_for_all_it_takes, {"I1"}),
+    (wide_acknowledged_without_every_route, {"I2"}),
+    (wide_route_without_generation, {"I2"}),
+    (wide_without_renewal, {"I2"}),
+    (deassigned_vectors_not_renewed_by_wide, {"I2"}),
+    (wide_goes_by_the_decision_alone, {"I2"}),
+    (wide_waits_for_no_deassign_but_its_own, {"I2"}),
+    (wide_table_write_taken_for_a_drain, {"I2"}),
 ]
 NAMES = [
     "catch_split_in_two",
@@ -296,7 +365,8 @@ def test_mutant_is_noticed_and_the_invariant_named(
 ) -> None:
     mutant(monkeypatch)
     found: dict[str, list[str]] = {}
-    for world in WORLDS:
+    # Worlds of the mutant's own kind first: they are the ones made for it.
+    for world in sorted(WORLDS, key=lambda world: ("wide" in world.__name__) != ("wide" in mutant.__name__)):
         try:
             explore(world, runs_max=60_000)
         except InvariantBrokenError as broken:

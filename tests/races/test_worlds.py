@@ -302,6 +302,187 @@ def starving(choices: Choices) -> None:
         world.run(guest=invalidates(world, 5, 4))
 
 
+def wide(world: World, cookie: int, *, answered: bool = True) -> Iterator[None]:
+    world.write(cookie)
+    yield
+    world.invalidate_wide(cookie, answered=answered)
+    yield
+
+
+def wide_assigned(choices: Choices) -> None:
+    """Events while the guest moves the interrupt by a wide invalidation: the irqfd stays, its route changes."""
+    with World(choices) as world:
+        device = world.add("v", 5)
+        world.run(device=fires(world, device, 2), guest=wide(world, 5))
+
+
+def wide_then_fires(choices: Choices) -> None:
+    """A wide invalidation, acknowledged, then an event; on an assigned vector and on one about to be."""
+
+    def guest(world: World, first: Book, second: Book) -> Iterator[None]:
+        world.write(5)
+        world.write(6)
+        yield
+        world.invalidate_wide(5, 6)
+        yield
+        world.fire(first)
+        world.fire(second)
+        yield
+
+    with World(choices) as world:
+        first, second = world.add("v", 5), world.add("w", 6)
+        world.invalidate(6)
+        world.fire(second)
+        world.settle()
+        world.fire(second)
+        world.run(guest=guest(world, first, second))
+
+
+def wide_unanswered(choices: Choices) -> None:
+    """Nobody answers in time."""
+
+    def guest(world: World, book: Book) -> Iterator[None]:
+        yield from wide(world, 5, answered=False)
+        world.fire(book)
+        yield
+
+    with World(choices) as world:
+        device = world.add("v", 5)
+        world.run(guest=guest(world, device), device=fires(world, device, 1))
+
+
+def wide_answered_late(choices: Choices) -> None:
+    """The answer to an invalidation that did not wait for it comes after a narrow one."""
+
+    def guest(world: World, book: Book) -> Iterator[None]:
+        late = world.invalidate_wide(5, answered=False)
+        yield
+        world.write(5)
+        world.invalidate(5)
+        yield
+        world.executor.run(late)
+        yield
+        world.fire(book)
+        yield
+        world.fire(book)
+        yield
+
+    with World(choices) as world:
+        device = world.add("v", 5)
+        world.run(guest=guest(world, device))
+
+
+def wide_translation_fails(choices: Choices) -> None:
+    """The entry is invalid by the time of a wide invalidation: the fault is raised at the next event."""
+
+    def guest(world: World, book: Book) -> Iterator[None]:
+        world.write(5, valid=False)
+        yield
+        world.invalidate_wide(5)
+        yield
+        world.fire(book)
+        yield
+
+    with World(choices) as world:
+        device = world.add("v", 5)
+        world.run(guest=guest(world, device), device=fires(world, device, 1))
+
+
+def wide_table_write_fails(choices: Choices) -> None:
+    """The kernel refuses the one table write of a wide invalidation."""
+
+    def guest(world: World, book: Book) -> Iterator[None]:
+        yield from wide(world, 5)
+        world.fire(book)
+        yield
+
+    with World(choices) as world:
+        device = world.add("v", 5)
+        world.kernel.fail_next("KVM_SET_GSI_ROUTING", errno.ENOMEM)
+        world.run(guest=guest(world, device))
+
+
+def wide_table_write_fails_under_another_route(choices: Choices) -> None:
+    """Another thread's route for the vector comes while the write that the kernel refuses is being made."""
+
+    def guest(world: World, book: Book) -> Iterator[None]:
+        yield from wide(world, 5)
+        world.fire(book)
+        yield
+
+    def other(world: World, book: Book) -> Iterator[None]:
+        world.route_without_a_write(book)
+        yield
+        world.executor.run([])  # now it writes
+        yield
+
+    with World(choices) as world:
+        device = world.add("v", 5)
+        world.kernel.fail_next("KVM_SET_GSI_ROUTING", errno.ENOMEM)
+        world.run(guest=guest(world, device), other=other(world, device))
+
+
+def two_wide(choices: Choices) -> None:
+    """Two vCPUs make wide invalidations at once, each after a change of its own."""
+
+    def vcpu(world: World, book: Book, *, fire: bool) -> Iterator[None]:
+        world.write(5)
+        yield
+        world.invalidate_wide(5)
+        yield
+        if fire:
+            world.fire(book)
+            yield
+
+    with World(choices) as world:
+        device = world.add("v", 5)
+        world.run(one=vcpu(world, device, fire=False), two=vcpu(world, device, fire=True))
+
+
+def wide_beside_narrow(choices: Choices) -> None:
+    """One vCPU invalidates narrowly what another invalidates with many: neither may go on before it is true."""
+
+    def second(world: World, book: Book) -> Iterator[None]:
+        world.invalidate_wide(5)
+        yield
+        world.fire(book)
+        yield
+
+    with World(choices) as world:
+        device = world.add("v", 5)
+        world.run(one=rewrites(world, 5), two=second(world, device))
+
+
+def wide_beside_a_new_message(choices: Choices) -> None:
+    """One vCPU gives the vector another MSI, another invalidates the entry of the old one, with many."""
+
+    def programs(world: World, book: Book) -> Iterator[None]:
+        world.program(book, 6)
+        yield
+
+    def second(world: World, book: Book) -> Iterator[None]:
+        yield from wide(world, 5)
+        world.fire(book)
+        yield
+
+    with World(choices) as world:
+        device = world.add("v", 5)
+        world.run(one=programs(world, device), two=second(world, device))
+
+
+def wide_while_kvm_injects(choices: Choices) -> None:
+    """KVM is about to deliver, by its work queue, what was pending when the irqfd was assigned."""
+    with World(choices, deferred=True) as world:
+        device = world.add("v", 5)
+        world.write(5)
+        world.invalidate(5)
+        world.fire(device)
+        world.settle()
+        world.fire(device)
+        world.router._turn()
+        world.run(guest=wide(world, 5))
+
+
 WORLDS: list[Callable[[Choices], None]] = [
     retarget_assigned,
     repaired_entry,
@@ -325,6 +506,17 @@ WORLDS: list[Callable[[Choices], None]] = [
     two_vcpus_assigned,
     two_vcpus,
     retarget,
+    wide_assigned,
+    wide_then_fires,
+    wide_unanswered,
+    wide_answered_late,
+    wide_translation_fails,
+    wide_table_write_fails,
+    wide_table_write_fails_under_another_route,
+    two_wide,
+    wide_beside_narrow,
+    wide_beside_a_new_message,
+    wide_while_kvm_injects,
 ]
 
 

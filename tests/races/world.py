@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 
+from irqrouter.core.ops import SetRoute
 from irqrouter.core.vectors import Vector
 from irqrouter.eventfd_loop import Router
 from irqrouter.iommu.fault import Fault
 from irqrouter.kvm.executor import _Deassign
 from irqrouter.kvm.port import Eventfd
-from irqrouter.kvm.simulated import SimulatedKernel, SimulatedVm
+from irqrouter.kvm.simulated import SimulatedKernel, SimulatedVm, _Irqfd
 from irqrouter.scope import Cookie, Scope
 from irqrouter.x86.msi import Message, Request
 from tests.races.explorer import Actor, Choices, ImpossibleError, InvariantBrokenError, Script
@@ -25,7 +26,7 @@ FIRST_VECTOR = 0x20
 #: race needs one.
 PREEMPTIONS = 1
 #: Actors that never wait for the executor's lock.
-NEVER_WAIT = frozenset({"device", "the loop turns", "a timer runs out"})
+NEVER_WAIT = frozenset({"device", "the loop turns", "a timer runs out", "KVM's work queue runs"})
 
 
 @dataclass
@@ -67,11 +68,11 @@ class Book:
 class World:
     """Scripts act on it; :meth:`run` lets them, the loop, the settler and the timers take turns until all is quiet."""
 
-    def __init__(self, choices: Choices) -> None:
+    def __init__(self, choices: Choices, *, deferred: bool = False) -> None:
         self.choices = choices
         self.trace: list[str] = []
         self.time = 0
-        self.kernel = SimulatedKernel()
+        self.kernel = SimulatedKernel(deferred=deferred)
         self.vm = _PointVm(self.kernel.vm(vcpus=range(VCPUS), on_delivery=self._delivered), self)
         self.router = Router(self.vm, _Table(self), on_fault=self._faulted)
         self.executor = self.router._executor
@@ -80,7 +81,7 @@ class World:
         self.executor._writing = _WritersLock()  # type: ignore[assignment]
         self.timers: list[Callable[[], None]] = []
         self.router._loop = _Timers(self)  # type: ignore[assignment]
-        self._actors: list[Actor] = [_Loop(self), _Settler(self), _Timer(self)]
+        self._actors: list[Actor] = [_Loop(self), _Settler(self), _Timer(self), _WorkQueue(self)]
         self._versions: dict[Cookie, list[bool]] = {}  # of each entry: is that version valid
         self._owner: dict[Cookie, Book] = {}
         self._books: list[Book] = []
@@ -120,6 +121,37 @@ class World:
         self.router.invalidate(Scope(cookie, cookie))
         self._owner[cookie].acknowledged[cookie] = version
         self._say(f"invalidation of {cookie} acknowledged")
+
+    def invalidate_wide(self, *cookies: Cookie, answered: bool = True) -> list[SetRoute]:
+        """The guest invalidates the entries ``cookies``, first to last, all at once; returns what was decided.
+
+        Somebody else translates the vectors that are assigned, and answers in time or not.
+        """
+        versions = {cookie: len(self._versions[cookie]) - 1 for cookie in cookies}
+        self._say(f"wide invalidation of {cookies} begins")
+        wide = self.executor.begin_wide(Scope(cookies[0], cookies[-1]))
+        routes: list[SetRoute] = []
+        for vector in [left.vector for left in wide.left]:
+            generation = vector.generation
+            outcome = self.router._remapper.translate(vector.request)
+            if isinstance(outcome, Message):
+                routes.append(SetRoute(vector.id, generation, outcome))
+        self.executor.finish_wide(wide, routes if answered else [])
+        for cookie, version in versions.items():
+            book = self._owner[cookie]
+            book.acknowledged[cookie] = max(version, book.acknowledged[cookie])
+        self._say(f"wide invalidation of {cookies} acknowledged")
+        return routes
+
+    def route_without_a_write(self, book: Book) -> None:
+        """A thread translates and sets the route, and has not begun to write the table when others go on."""
+        assert book.vector is not None
+        generation = book.vector.generation
+        outcome = self.router._remapper.translate(book.vector.request)
+        assert isinstance(outcome, Message)
+        with self.lock:
+            self.executor._carry_out(SetRoute(book.vector.id, generation, outcome))
+        self._say(f"a route for {book.name} is wanted")
 
     def program(self, book: Book, cookie: Cookie) -> None:
         """The guest gives the vector the message of another entry."""
@@ -246,6 +278,8 @@ class World:
                 self._broken("I2", f"{book.name} had been programmed, and its event was {how} by the old message")
             if reading.version < signal.versions.get(reading.cookie, 0):
                 self._broken("I2", f"an event of {book.name} was {how} by a translation read before the invalidation")
+        if reading.version < book.acknowledged.get(reading.cookie, 0):
+            self._broken("I2", f"an event of {book.name} was still {how} by the translation before the invalidation")
         if reading.time < book.fresh_since:
             self._broken("I7", f"{book.name} was unmasked, and its event {how} by a translation read before that")
         book.uncovered.clear()
@@ -447,6 +481,41 @@ class _Timer(_Part):
 
     def act(self) -> None:
         self.world.timers.pop(0)()
+
+
+class _WorkQueue(_Part):
+    """Injections that KVM has put off. It copies the route, lets go of the table, and then delivers."""
+
+    name = "KVM's work queue runs"
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world)
+        self._host = world.kernel._host
+        self._running: tuple[_Irqfd, Message | None] | None = None
+        self._flush_queued = self._host.flush_work
+        self._host.flush_work = self._flush_work  # type: ignore[method-assign]
+
+    def due(self) -> bool:
+        return bool(self._host.work or self._running)
+
+    def act(self) -> None:
+        with self._host.locked():
+            if self._running:
+                self._deliver()
+            else:
+                irqfd = self._host.work.popleft()
+                self._running = irqfd, irqfd.kvm.routes.get(irqfd.gsi)
+
+    def _flush_work(self, irqfd: _Irqfd) -> None:
+        if self._running and self._running[0] is irqfd:
+            self._deliver()
+        self._flush_queued(irqfd)
+
+    def _deliver(self) -> None:
+        assert self._running is not None
+        (irqfd, route), self._running = self._running, None
+        if route is not None:
+            irqfd.kvm.deliver(route)
 
 
 class _Timers:
