@@ -70,6 +70,16 @@ class MemfdMemory:
         self._regions = tuple(msgspec.structs.replace(region, fd=self._owned[region.fd]) for region in given)
         self._starts = tuple(region.gpa for region in given)
 
+    @property
+    def regions(self) -> int:
+        """How many regions there are."""
+        return len(self._regions)
+
+    @property
+    def descriptors(self) -> int:
+        """How many descriptors are held for them."""
+        return len(self._owned)
+
     def read(self, gpa: int, size: int) -> bytes:
         """See :meth:`GuestMemory.read`. A read may span adjacent regions."""
         if size < 1 or not 0 <= gpa <= (1 << 64) - size:

@@ -1,6 +1,7 @@
 """What the service tells about itself: VMs, vectors, and what happens to them."""
 
 import asyncio
+import collections
 import enum
 import time
 from collections.abc import Generator
@@ -84,6 +85,7 @@ class What(enum.Enum):
     PREPARED = "prepared"
     CAUGHT = "caught"
     FAULTED = "faulted"
+    ROUTED = "routed"
     ASSIGNED = "assigned"
     #: An operation was answered with ``ESTALE``.
     STALE = "stale"
@@ -110,6 +112,11 @@ class Happenings:
 
     def __init__(self) -> None:
         self._subscribers: set[Subscription] = set()
+        self._wanted = asyncio.Event()
+
+    async def wanted(self) -> None:
+        """Wait until somebody listens."""
+        await self._wanted.wait()
 
     def __bool__(self) -> bool:
         """Whether anybody listens."""
@@ -131,27 +138,49 @@ class Happenings:
         """Listen, within the ``with`` block."""
         subscription = Subscription(self.KEPT)
         self._subscribers.add(subscription)
+        self._wanted.set()
         try:
             yield subscription
         finally:
             self._subscribers.discard(subscription)
+            if not self._subscribers:
+                self._wanted.clear()
 
 
 class Subscription:
     """What happened and was not taken yet."""
 
     def __init__(self, kept: int) -> None:
-        self._queue: asyncio.Queue[Happening] = asyncio.Queue(kept)
+        self._most = kept
+        self._kept: collections.deque[Happening] = collections.deque()
+        self._news = asyncio.Event()
+        self._ended = False
         #: How many were lost because they were not taken in time.
         self.lost = 0
 
     def put(self, happening: Happening) -> None:
         """Keep ``happening``, at the cost of the oldest if need be."""
-        if self._queue.full():
-            self._queue.get_nowait()
+        if len(self._kept) == self._most:
+            self._kept.popleft()
             self.lost += 1
-        self._queue.put_nowait(happening)
+        self._kept.append(happening)
+        self._news.set()
+
+    def end(self) -> None:
+        """Whoever waits for more, or will, waits no longer."""
+        self._ended = True
+        self._news.set()
 
     async def get(self) -> Happening:
         """The oldest that was not taken yet."""
-        return await self._queue.get()
+        while not self._kept:
+            self._news.clear()
+            await self._news.wait()
+        return self._kept.popleft()
+
+    async def take(self, most: int) -> list[Happening]:
+        """At most so many of the oldest that were not taken yet; none only after :meth:`end`."""
+        while not (self._kept or self._ended):
+            self._news.clear()
+            await self._news.wait()
+        return [] if self._ended else [self._kept.popleft() for _ in range(min(most, len(self._kept)))]

@@ -45,7 +45,8 @@ HEADER_SIZE: Final = _HEADER.size
 OPERATIONS_MAX: Final = (FRAME_MAX - HEADER_SIZE - _COUNT.size) // _OPERATION.size
 ERROR_TEXT_MAX: Final = 504
 
-_NAME: Final = re.compile(rb"[A-Za-z0-9._-]{1,63}\0+")
+_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,63}")
+_NAME_RULE: Final = "must be 1 to 63 of A-Z a-z 0-9 . _ -"
 
 
 class Command(enum.IntEnum):
@@ -160,6 +161,8 @@ def encode(frame: Frame) -> bytes:
     size = HEADER_SIZE + len(frame.payload)
     if size > FRAME_MAX:
         raise SpecError(f"a frame of {size} bytes", f"must be at most {FRAME_MAX}")
+    if ((frame.errno or frame.more) and not frame.reply) or (frame.errno and frame.more):
+        raise SpecError(f"frame {frame.id}", "an errno, or more to follow, is a reply's, and not both at once")
     flags = _REPLY * frame.reply | _ERROR_FLAG * bool(frame.errno) | _MORE * frame.more
     return _pack(_HEADER, "frame", frame.id, frame.command, size, flags, frame.errno) + frame.payload
 
@@ -216,6 +219,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
 
 def encode_hello(hello: Hello) -> bytes:
     """The payload."""
+    if not _NAME.fullmatch(hello.name):
+        raise SpecError(f"the name {hello.name!r}", _NAME_RULE)
     return _pack(
         _HELLO, "HELLO", MAGIC, hello.version_low, hello.version_high, hello.features, hello.remapper,
         hello.host_address_width, 0, hello.slots, 0, hello.name.encode(),
@@ -244,10 +249,11 @@ def decode_hello(payload: bytes) -> Hello:
         raise WireError(Code.PAYLOAD, "HELLO", f"host_address_width {width} must be 12 to 64 for VT-d, 0 otherwise")
     if not 1 <= slots <= SLOTS_MAX:
         raise WireError(Code.PAYLOAD, "HELLO", f"{slots} slots must be 1 to {SLOTS_MAX}")
-    if not _NAME.fullmatch(raw_name):
-        raise WireError(Code.NAME, "HELLO", "the name must be 1 to 63 of A-Z a-z 0-9 . _ -", errno=errno.EINVAL)
+    name = raw_name.rstrip(b"\0").decode("latin-1")
+    if not _NAME.fullmatch(name):
+        raise WireError(Code.NAME, "HELLO's name", _NAME_RULE, errno=errno.EINVAL)
     return Hello(
-        name=raw_name.rstrip(b"\0").decode("ascii"),
+        name=name,
         slots=slots,
         remapper=RemapperKind(kind),
         host_address_width=width,
@@ -343,18 +349,20 @@ def encode_add(added: Sequence[Added]) -> bytes:
 def decode_add(payload: bytes, descriptors: int) -> list[Added]:
     """The vectors, no number twice."""
     added: list[Added] = []
+    seen: set[int] = set()
     for index, (vector, flags, born) in enumerate(_entries("ADD", payload, _ADDED)):
         if flags > 1:
             raise WireError(Code.PAYLOAD, f"vector {vector}", f"flags {flags:#x} are not defined", index=index)
         if not born:
             raise WireError(Code.VECTOR, f"vector {vector}", "born must not be 0", index=index)
+        if vector in seen:
+            raise WireError(Code.VECTOR, f"vector {vector}", "is named twice", index=index)
+        seen.add(vector)
         added.append(Added(vector, born, bool(flags)))
     if not added:
         raise WireError(Code.VECTOR, "ADD", "must have a vector")
     if len(added) != descriptors:
         raise WireError(Code.DESCRIPTOR, "ADD", f"has {len(added)} vectors and {descriptors} descriptors")
-    if len({each.vector for each in added}) != len(added):
-        raise WireError(Code.VECTOR, "ADD", "names a vector twice")
     return added
 
 
@@ -428,8 +436,12 @@ def _encode_operation(op: Operation) -> bytes:
     if op.kind in _WITH_RECORD:
         low, high = op.record
         tail = (low, high & 0xFFFF_FFFF, high >> 32)
+        lost = op.address or op.data
     else:
         tail = (op.address, op.data, 0)
+        lost = any(op.record) or ((op.address or op.data) and op.kind not in _WITH_MESSAGE)
+    if lost or (op.flag and op.kind not in _FLAGGED):
+        raise SpecError(f"{op.kind.name} of vector {op.vector}", "has a field that this kind does not have")
     return _pack(
         _OPERATION, f"{op.kind.name} of vector {op.vector}", op.kind, op.flag, 0, op.vector, op.generation, *tail
     )
@@ -461,7 +473,7 @@ def decode_operations(payload: bytes, kinds: frozenset[Kind]) -> list[Operation]
 
 def encode_errnos(errnos: Sequence[int]) -> bytes:
     """The payload of ``BATCH``'s reply."""
-    return _COUNT.pack(len(errnos), 0) + struct.pack(f"<{len(errnos)}I", *errnos)
+    return _COUNT.pack(len(errnos), 0) + _pack(struct.Struct(f"<{len(errnos)}I"), "errnos", *errnos)
 
 
 def decode_errnos(payload: bytes, count: int) -> list[int]:
