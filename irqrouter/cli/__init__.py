@@ -1,4 +1,4 @@
-"""The command line: ``irqrouter demo``, ``stress``, ``decode``, ``doctor``."""
+"""The command line: ``irqrouter demo``, ``doctor``, ``serve`` and the others."""
 
 import argparse
 import importlib
@@ -9,13 +9,14 @@ from importlib.metadata import version
 
 from irqrouter.errors import IrqrouterError
 
-_COMMANDS = ("demo", "stress", "decode", "doctor")
+_COMMANDS = ("demo", "stress", "torture", "decode", "doctor", "serve", "status", "top", "trace")
 
 _EPILOG = """\
 first steps:
   irqrouter doctor                       what this host's kernel can do
   irqrouter demo                         the whole story on a real VM, in seconds
   irqrouter decode msi FEE000B8 0        any word of interrupt remapping, explained
+  irqrouter serve                        the service for VMs in other processes
 """
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING
@@ -9,10 +10,14 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from irqrouter.core.machine import State
+from irqrouter.errors import CallerError
 from irqrouter.proof import command
 from irqrouter.proof.driver import SLOTS
 from irqrouter.proof.guest import Pairs
-from irqrouter.proof.scenario import Progress, Scenario
+from irqrouter.proof.routing import Opener
+from irqrouter.proof.scenario import Progress, Scenario, embedded
+from irqrouter.proof.served import AgentKind, served
+from irqrouter.proof.service import ServiceProcess
 from irqrouter.x86.msi import CompatibilityAddress, CompatibilityData, Message
 
 if TYPE_CHECKING:
@@ -24,6 +29,9 @@ masks, breaks and repairs the interrupts. Every event is followed to the vCPU an
 
 What to look at: as long as nothing changes a vector is `assigned`, KVM delivers, and the loop sleeps. An invalidation
 makes it `deassigned`; the next event is caught, retranslated and delivered, and the vector is assigned again.
+
+With --service this process is a VMM: it has the VM, and an agent that acts on it. What an event becomes is decided by
+`irqrouter serve` in a process beside it, as in production.
 """
 
 _EPILOG = """\
@@ -34,6 +42,7 @@ examples:
   irqrouter demo --seconds 60        for a minute
   irqrouter demo --events 1000000    for a million events
   irqrouter demo --simulated --json  without KVM, for a machine to read
+  irqrouter demo --service           the same across two processes, with the agent in C in this one
 """
 
 #: What the demo shows at least, unless told how long to run.
@@ -65,11 +74,27 @@ def add_parser(
     parser.add_argument(
         "--devices", type=command.positive, default=4, metavar="N", help="devices, of 4 vectors each (default: 4)"
     )
+    parser.add_argument(
+        "--service",
+        action="store_true",
+        help="decide in a process of its own, `irqrouter serve`, for an agent in this one",
+    )
+    parser.add_argument(
+        "--agent",
+        type=AgentKind,
+        choices=list(AgentKind),
+        metavar="|".join(kind.value for kind in AgentKind),
+        help="the agent, with --service (default: c)",
+    )
     command.add_common_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo; 0 if every rule held, 1 if not."""
+    if args.agent and not args.service:
+        raise CallerError("--agent", "needs --service: without one the router is in this process")
+    if args.simulated and args.service:
+        raise CallerError("--simulated", "excludes --service: the eventfds of a simulated kernel are in one process")
     scenario = Scenario(
         vcpus=args.vcpus,
         vectors=4 * args.devices,
@@ -85,9 +110,19 @@ def run(args: argparse.Namespace) -> int:
     pairs = Pairs(scenario.vcpus, scenario.vectors)
     live = sys.stdout.isatty() and not args.json
     say = command.speaker(as_json=args.json)
-    machine = command.open_machine(scenario.vcpus, simulated=args.simulated, say=say)
-    with _table(scenario.vectors) if live else _lines(say) as watch:
-        summary = command.run_scenario(scenario, machine, args.loop, watch, watch_every=0.2 if live else 2.0)
+    kind: AgentKind = args.agent or AgentKind.C
+    with contextlib.ExitStack() as stack:
+        opener: Opener = embedded
+        if args.service:
+            service = stack.enter_context(ServiceProcess())
+            opener = functools.partial(served, service=service, kind=kind)
+        machine = command.open_machine(scenario.vcpus, simulated=args.simulated, say=say)
+        if args.service:
+            say(f"an agent in {kind.value.capitalize()} acts in this process, `irqrouter serve` decides in another")
+        watch = stack.enter_context(_table(scenario.vectors) if live else _lines(say))
+        summary = command.run_scenario(
+            scenario, machine, args.loop, watch, watch_every=0.2 if live else 2.0, opener=opener
+        )
     for line in command.judgement(summary, pairs):
         say(line)
     if args.json:

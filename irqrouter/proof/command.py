@@ -17,7 +17,8 @@ from irqrouter.errors import KernelError
 from irqrouter.proof.guest import Pairs
 from irqrouter.proof.ledger import FAULT, HELD, Outcome, Rule, Violation
 from irqrouter.proof.machine import KvmMachine, Machine, SimulatedMachine
-from irqrouter.proof.scenario import Progress, Scenario, Summary, prove
+from irqrouter.proof.routing import Opener
+from irqrouter.proof.scenario import Progress, Scenario, Summary, embedded, prove
 
 #: Without any progress for this long the process says where every thread is, and ends.
 _WATCHDOG_S: Final = 60.0
@@ -132,7 +133,13 @@ def open_machine(vcpus: int, *, simulated: bool, say: Callable[[str], None]) -> 
 
 
 def run_scenario(
-    scenario: Scenario, machine: Machine, loop: Loop, watch: Callable[[Progress], None], *, watch_every: float
+    scenario: Scenario,
+    machine: Machine,
+    loop: Loop,
+    watch: Callable[[Progress], None],
+    *,
+    watch_every: float,
+    opener: Opener = embedded,
 ) -> Summary:
     """Run ``scenario`` on a fresh event loop, with an end to every wait."""
     with machine, _logs_on_stderr(), _quick_handover(), watchdog() as still_alive:
@@ -142,14 +149,13 @@ def run_scenario(
             watch(progress)
 
         with asyncio.Runner(loop_factory=_factory(loop)) as runner:
-            return runner.run(prove(scenario, machine, watched, watch_every=watch_every))
+            return runner.run(prove(scenario, machine, watched, watch_every=watch_every, opener=opener))
 
 
 def judgement(summary: Summary, pairs: Pairs) -> list[str]:
     """The rules, one line each, and every violation that was quoted."""
     totals = summary.totals
     found = result(summary)
-    share = summary.wakeups / totals.events if totals.events else 0.0
     lines = [
         # An irqfd without a route (I4) takes events and drops them: that would be seen here.
         _line("I1", "nothing lost", totals.lost, f"{totals.events:,} events: {totals.delivered:,} delivered, "
@@ -157,11 +163,11 @@ def judgement(summary: Summary, pairs: Pairs) -> list[str]:
         _line("I2", "nothing stale", totals.stale, f"across {summary.invalidations:,} invalidations; "
               "nor anything while masked or removed (I7)"),
         _line("I3", "nothing twice", found.duplicated,
-              f"{summary.caught:,} caught and delivered by the loop, the rest by KVM"),
+              f"{summary.caught:,} caught and delivered by {summary.catcher}, the rest by KVM"),
         _line("I5", "no reach across", abs(summary.strays), "every interrupt that the guest counted is some vector's"),
-        _line("I6", "asleep while assigned", summary.wakeups_while_assigned,
-              f"the loop woke {summary.wakeups:,} times, for {share:.1%} of the events"),
     ]  # fmt: skip
+    if summary.asleep:
+        lines.append(_line("I6", "asleep while assigned", summary.wakeups_while_assigned, summary.asleep))
     lines += [describe(violation, pairs, summary.seed) for violation in summary.violations]
     if summary.strays:
         lines.append(f"STRAY: the counters differ from the books by {summary.strays:+,}; seed {summary.seed}")

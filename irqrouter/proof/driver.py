@@ -14,17 +14,17 @@ import enum
 import functools
 import random
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Generic
 
 import msgspec
 
-from irqrouter.core.vectors import Vector
-from irqrouter.eventfd_loop import Router, Source
+from irqrouter.eventfd_loop import Source
 from irqrouter.iommu.vtd import Irta, Irte, RemappableAddress
 from irqrouter.iommu_remap import EVERYTHING, entries, entry
 from irqrouter.proof.board import Board
 from irqrouter.proof.guest import TABLE, TABLE_ENTRIES, Pairs, Ram
 from irqrouter.proof.ledger import FAULT, HELD
+from irqrouter.proof.routing import Handle, Side
 from irqrouter.x86.msi import Message
 
 #: IRTEs of a vector: it uses one, and moves to another when it is given another MSI.
@@ -82,6 +82,12 @@ _CHOICES: Final[dict[Condition, dict[Verb, int]]] = {
     Condition.REMOVED: {Verb.ADD: 70, Verb.ADD_MASKED: 30},
 }
 
+#: The same without removals.
+_STEADY_CHOICES: Final = {
+    condition: {verb: share for verb, share in choices.items() if verb is not Verb.REMOVE}
+    for condition, choices in _CHOICES.items()
+}
+
 
 class Wire(msgspec.Struct, frozen=True):
     """A device vector: its number, its eventfd, and the requester id of its device."""
@@ -91,7 +97,7 @@ class Wire(msgspec.Struct, frozen=True):
     requester: int
 
 
-class _Driven:
+class _Driven(Generic[Handle]):
     """One vector, as the driver knows it."""
 
     def __init__(self, wire: Wire, board: Board, pairs: Pairs) -> None:
@@ -102,7 +108,7 @@ class _Driven:
         self.target = self.cells[0]
         self.slot = 0
         self.condition = Condition.REMOVED
-        self.handle: Vector | None = None
+        self.handle: Handle | None = None
 
     @property
     def index(self) -> int:
@@ -110,8 +116,8 @@ class _Driven:
         return self.wire.number * SLOTS + self.slot
 
     @property
-    def vector(self) -> Vector:
-        """The router's handle; it must have been added."""
+    def vector(self) -> Handle:
+        """The routing's handle; it must have been added."""
         assert self.handle is not None
         return self.handle
 
@@ -123,18 +129,30 @@ class _Driven:
         return Message(address.encode(), self.slot)
 
 
-class Driver:
-    """Drives ``wires``; nobody else does."""
+class Driver(Generic[Handle]):
+    """Drives ``wires``; nobody else does. One that does not ``replug`` removes none, and so adds none again."""
 
-    def __init__(self, router: Router, ram: Ram, board: Board, pairs: Pairs, wires: Sequence[Wire], seed: str) -> None:
+    def __init__(
+        self,
+        side: Side[Handle],
+        ram: Ram,
+        board: Board,
+        pairs: Pairs,
+        wires: Sequence[Wire],
+        seed: str,
+        *,
+        replug: bool = True,
+    ) -> None:
         self.steps = 0
         self.invalidations = 0
-        #: Events caught for vectors which have been removed since; their handles' counts went with them.
+        #: Events caught for vectors which have been removed since.
         self.caught_before = 0
-        self._router = router
+        self._side = side
+        self._routing = side.routing
         self._ram = ram
         self._pairs = pairs
-        self._driven = [_Driven(wire, board, pairs) for wire in wires]
+        self._driven: list[_Driven[Handle]] = [_Driven(wire, board, pairs) for wire in wires]
+        self._choices = _CHOICES if replug else _STEADY_CHOICES
         self._rng = random.Random(seed)
 
     def populate(self) -> None:
@@ -143,7 +161,7 @@ class Driver:
         for driven in self._driven:
             numbers.append(self._promise(driven))
             self._aim(driven, driven.target)
-        handles = self._router.add_all(
+        handles = self._routing.add_all(
             Source(eventfd=driven.wire.eventfd, message=driven.message, requester=driven.wire.requester)
             for driven in self._driven
         )
@@ -154,7 +172,7 @@ class Driver:
     def step(self) -> None:
         """Do one thing to one vector."""
         driven = self._rng.choice(self._driven)
-        choices = _CHOICES[driven.condition]
+        choices = self._choices[driven.condition]
         verb = self._rng.choices(list(choices), list(choices.values()))[0]
         self.steps += 1
         match verb:
@@ -195,12 +213,13 @@ class Driver:
                     pass
 
     def caught(self) -> int:
-        """Events that the router caught for these vectors so far."""
-        return self.caught_before + sum(driven.handle.caught for driven in self._driven if driven.handle is not None)
+        """Events of these vectors that were caught so far."""
+        live = [driven.handle for driven in self._driven if driven.handle is not None]
+        return self.caught_before + sum(map(self._side.caught, live))
 
     # --- the verbs. In each: history first, then what makes it true, then the acknowledgement. ---------------------
 
-    def _retarget(self, moving: Sequence[_Driven]) -> None:
+    def _retarget(self, moving: Sequence[_Driven[Handle]]) -> None:
         """Move working, broken or masked vectors under one invalidation."""
         numbers: list[int | None] = []
         for driven in moving:
@@ -220,20 +239,20 @@ class Driver:
         movable = [driven for driven in self._driven if driven.condition is not Condition.REMOVED]
         self._retarget(self._rng.sample(movable, min(len(movable), self._rng.randint(2, 8))))
 
-    def _break(self, driven: _Driven) -> None:
+    def _break(self, driven: _Driven[Handle]) -> None:
         number = driven.history.append(FAULT)
         self._write_broken(driven)
         driven.condition = Condition.BROKEN
         self._invalidate([driven.index])
         driven.history.acknowledge(number)
 
-    def _mask(self, driven: _Driven) -> None:
+    def _mask(self, driven: _Driven[Handle]) -> None:
         # Until mask() returns a delivery may still come: held is what it is afterwards.
-        self._router.mask(driven.vector)
+        self._routing.mask(driven.vector)
         driven.condition = Condition.MASKED
         driven.history.acknowledge(driven.history.append(HELD))
 
-    def _unmask(self, driven: _Driven, *, broken: bool) -> None:
+    def _unmask(self, driven: _Driven[Handle], *, broken: bool) -> None:
         # The entry is rewritten while nothing may happen: what waited must not go by the old one. The history says
         # so only then, or it would excuse a delivery that came while the vector was still masked.
         cell = self._another(driven)
@@ -244,10 +263,10 @@ class Driver:
         self._invalidate([driven.index])
         number = driven.history.append(FAULT) if broken else self._promise(driven, cell)
         driven.condition = Condition.BROKEN if broken else Condition.WORKING
-        self._router.unmask(driven.vector)
+        self._routing.unmask(driven.vector)
         driven.history.acknowledge(number)
 
-    def _program(self, driven: _Driven) -> None:
+    def _program(self, driven: _Driven[Handle]) -> None:
         """Move to the other IRTE, and free the old one."""
         freed = driven.index
         cell = self._another(driven)
@@ -255,25 +274,26 @@ class Driver:
         driven.slot = (driven.slot + 1) % SLOTS
         self._aim(driven, cell)
         self._invalidate([driven.index])
-        self._router.program(driven.vector, driven.message)
+        self._routing.program(driven.vector, driven.message)
         if number is not None:
             driven.history.acknowledge(number)
         self._write(freed, (0, 0))
         self._invalidate([freed])
 
-    def _remove(self, driven: _Driven) -> None:
-        self._router.remove(driven.vector)
-        self.caught_before += driven.vector.caught
+    def _remove(self, driven: _Driven[Handle]) -> None:
+        vector = driven.vector
+        self._routing.remove(vector)
+        self.caught_before += self._side.caught(vector)
         driven.handle, driven.condition = None, Condition.REMOVED
         driven.history.acknowledge(driven.history.append(HELD))
 
-    def _add(self, driven: _Driven, *, masked: bool) -> None:
+    def _add(self, driven: _Driven[Handle], *, masked: bool) -> None:
         cell = self._another(driven)
         self._aim(driven, cell)
         self._invalidate([driven.index])
         number = None if masked else self._promise(driven, cell)
         driven.condition = Condition.MASKED if masked else Condition.WORKING
-        driven.handle = self._router.add(
+        driven.handle = self._routing.add(
             driven.wire.eventfd, driven.message, requester=driven.wire.requester, masked=masked
         )
         if number is not None:
@@ -281,23 +301,23 @@ class Driver:
 
     # --- the table ------------------------------------------------------------------------------------------------
 
-    def _another(self, driven: _Driven) -> int:
+    def _another(self, driven: _Driven[Handle]) -> int:
         """A cell of the vector's that is not its last target."""
         cell = self._rng.choice(driven.cells[:-1])
         return cell if cell != driven.target else driven.cells[-1]
 
-    def _promise(self, driven: _Driven, cell: int | None = None) -> int:
+    def _promise(self, driven: _Driven[Handle], cell: int | None = None) -> int:
         """Write into the history that events may go to ``cell`` (or another one than before) from now on."""
         driven.target = self._another(driven) if cell is None else cell
         return driven.history.append(driven.target)
 
-    def _aim(self, driven: _Driven, cell: int) -> None:
+    def _aim(self, driven: _Driven[Handle], cell: int) -> None:
         """Write the vector's IRTE so that it leads to ``cell``."""
         vcpu, guest_vector = self._pairs.pair(cell)
         logical, hint, validated = self._rng.choices((False, True), k=3)
         self._write(driven.index, _irte(vcpu, guest_vector, driven.wire.requester, logical, hint, validated))
 
-    def _write_broken(self, driven: _Driven) -> None:
+    def _write_broken(self, driven: _Driven[Handle]) -> None:
         """Make the entry fault: absent, or for another requester."""
         if self._rng.random() < 0.5:
             self._write(driven.index, (0, 0))
@@ -320,7 +340,7 @@ class Driver:
         else:
             scope = entries(indices[0], mask) if mask else entry(indices[0])
         self.invalidations += 1
-        self._router.invalidate(scope)
+        self._routing.invalidate(scope)
 
 
 @functools.lru_cache(maxsize=1 << 14)

@@ -2,7 +2,8 @@
 
 Where everything runs:
 
-* the caller's event loop: the router, and :func:`prove` itself, which only waits and watches;
+* the caller's event loop: the router (or, where an agent routes, nothing), and :func:`prove` itself, which only waits
+  and watches;
 * ``drivers`` threads: the guest's driver, each with vectors of its own (``driver.py``);
 * device processes: they fire and keep the books (``devices.py``);
 * a thread for each vCPU, inside ``KVM_RUN`` all the time (``machine.py``).
@@ -14,8 +15,8 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
-from typing import Final
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from typing import Any, Final
 
 import msgspec
 
@@ -30,6 +31,7 @@ from irqrouter.proof.driver import IRTA, SLOTS, Driver, Wire
 from irqrouter.proof.guest import Pairs
 from irqrouter.proof.ledger import Totals, Violation
 from irqrouter.proof.machine import Machine
+from irqrouter.proof.routing import Opener, Side
 
 #: How often the run looks at the board.
 _LOOK_S: Final = 0.05
@@ -56,8 +58,8 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
 
     ``device_processes`` and ``drivers`` (threads) share the ``vectors`` out evenly. Devices fire bursts of 1 to
     ``burst`` events. Drivers make one change for every ``events_per_change`` events, and whoever is ahead waits, so
-    that a run contains the same on a busy machine as on an idle one. An event is lost when nothing came of it in
-    ``patience`` seconds. ``seed`` decides every choice.
+    that a run contains the same on a busy machine as on an idle one; ``steady_drivers`` of them remove and add nothing.
+    An event is lost when nothing came of it in ``patience`` seconds. ``seed`` decides every choice.
     """
 
     vcpus: int
@@ -66,6 +68,7 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     drivers: int
     seed: int
     events_per_change: int
+    steady_drivers: int = 0
     events: int | None = None
     seconds: float = 0.0
     events_min: int = 0
@@ -100,6 +103,9 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     wakeups_while_assigned: int
     seconds: float
     violations: list[Violation]
+    #: Who caught, and what is known about wakeups and by whom, if anything is: for people.
+    catcher: str = "the loop"
+    asleep: str = ""
 
     @property
     def good(self) -> bool:
@@ -107,13 +113,52 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
         return not (self.totals.broken or self.strays or self.wakeups_while_assigned)
 
 
+class Embedded(Side[Vector]):
+    """A router on the caller's event loop."""
+
+    def __init__(self, router: Router) -> None:
+        super().__init__(router)
+        self._router = router
+
+    def caught(self, vector: Vector) -> int:
+        """See :meth:`Side.caught`."""
+        return vector.caught
+
+    def wakeups(self) -> int:
+        """See :meth:`Side.wakeups`."""
+        return self._router.wakeups
+
+    def wakeups_while_assigned(self) -> int:
+        """See :meth:`Side.wakeups_while_assigned`."""
+        return self._router.wakeups_while_assigned
+
+
+@contextlib.asynccontextmanager
+async def embedded(machine: Machine, board: Board) -> AsyncGenerator[Embedded]:
+    """A router on this event loop, with a VT-d unit over the machine's memory."""
+    memory = machine.ram.memory()
+    try:
+        remapper = VtdRemapper(memory)
+        remapper.set_interrupt_remap_table(IRTA)
+        remapper.set_remapping(True)
+        async with Router(machine.vm, remapper, on_fault=_recorder(board)) as router:
+            yield Embedded(router)
+    finally:
+        memory.close()
+
+
 async def prove(
-    scenario: Scenario, machine: Machine, watch: Callable[[Progress], None], *, watch_every: float = 0.25
+    scenario: Scenario,
+    machine: Machine,
+    watch: Callable[[Progress], None],
+    *,
+    watch_every: float = 0.25,
+    opener: Opener = embedded,
 ) -> Summary:
-    """Run ``scenario`` on ``machine``, which is left to the caller to close.
+    """Run ``scenario`` on ``machine``, which is left to the caller to close, with the routing side of ``opener``.
 
     ``watch`` is told how it goes, on a thread of its own. Raises :class:`StalledError`,
-    :class:`~irqrouter.proof.devices.DevicesFailedError`, and what a verb of the router raised.
+    :class:`~irqrouter.proof.devices.DevicesFailedError`, what a verb raised, and what :meth:`Side.check` does.
     """
     pairs = Pairs(scenario.vcpus, scenario.vectors)
     for name, count in ("device processes", scenario.device_processes), ("drivers", scenario.drivers):
@@ -121,48 +166,32 @@ async def prove(
             raise CallerError(f"{count} {name}", f"must be 1 to {min(scenario.vectors, WORKERS_MAX)}")
     with contextlib.ExitStack() as stack:
         board = stack.enter_context(Board.create(scenario.vectors))
-        memory = machine.ram.memory()
-        stack.callback(memory.close)
         wires: list[Wire] = []
         for number in range(scenario.vectors):
             eventfd = machine.eventfd()
             stack.callback(machine.close_eventfd, eventfd)
             wires.append(Wire(number, eventfd, requester=(number // _FUNCTION_VECTORS + 1) << 3))
-        remapper = VtdRemapper(memory)
-        remapper.set_interrupt_remap_table(IRTA)
-        remapper.set_remapping(True)
         errors = stack.enter_context(_escaping())
-        async with Router(machine.vm, remapper, on_fault=_recorder(board)) as router:
-            run = _Run(scenario, machine, board, router, pairs, wires, errors)
+        async with opener(machine, board) as side:
+            run = _Run(scenario, machine, board, side, pairs, wires, errors)
             try:
                 await run.begin()
                 await run.watch(watch, watch_every)
                 reports = await run.finish()
+                summary = await asyncio.to_thread(run.summary, reports)
             finally:
                 await run.close()
         if errors:
             raise errors[0]
-        seconds = run.seconds
-        totals, strays = _with_late(sum((report.totals for report in reports), Totals()), sum(machine.ram.cells))
-        return Summary(
-            backend=machine.backend,
-            seed=scenario.seed,
-            totals=totals,
-            strays=strays,
-            invalidations=run.invalidations,
-            steps=sum(driver.steps for driver in run.drivers),
-            caught=sum(driver.caught() for driver in run.drivers),
-            wakeups=router.wakeups,
-            wakeups_while_assigned=router.wakeups_while_assigned,
-            seconds=seconds,
-            violations=[violation for report in reports for violation in report.violations],
-        )
+        # The side is closed: nothing is delivered any more.
+        totals, strays = _with_late(summary.totals, sum(machine.ram.cells))
+        return msgspec.structs.replace(summary, totals=totals, strays=strays)
 
 
 def _with_late(totals: Totals, counted: int) -> tuple[Totals, int]:
     """The totals with what the guest ``counted`` after the books were closed, and how much of that is too much.
 
-    The router is closed: nothing is delivered any more. Events that coalesced may have had an outcome after all. What
+    Nothing is delivered any more. Events that coalesced may have had an outcome after all. What
     is left was delivered twice, too late, or to somebody else.
     """
     if totals.broken:  # which ended the run at once, with events on their way
@@ -221,22 +250,28 @@ class _Run:
         scenario: Scenario,
         machine: Machine,
         board: Board,
-        router: Router,
+        side: Side[Any],
         pairs: Pairs,
         wires: Sequence[Wire],
         errors: list[BaseException],
     ) -> None:
         self._began = time.monotonic()
-        self.drivers = [
+        self.drivers: list[Driver[Any]] = [
             Driver(
-                router, machine.ram, board, pairs, wires[number :: scenario.drivers], f"{scenario.seed}/driver/{number}"
+                side,
+                machine.ram,
+                board,
+                pairs,
+                wires[number :: scenario.drivers],
+                f"{scenario.seed}/driver/{number}",
+                replug=number >= scenario.steady_drivers,
             )
             for number in range(scenario.drivers)
         ]
         self._scenario = scenario
         self._machine = machine
         self._board = board
-        self._router = router
+        self._side = side
         self._wires = wires
         self._devices: list[Devices] = []
         self._stop = threading.Event()
@@ -261,6 +296,12 @@ class _Run:
         """Add the vectors, start the devices, start the drivers."""
         for driver in self.drivers:
             await asyncio.to_thread(driver.populate)
+        async with self._side.quiet(self._board, self._scenario.device_processes):
+            self._start_devices()
+        for thread in self._threads:
+            thread.start()
+
+    def _start_devices(self) -> None:
         scenario = self._scenario
         self._began = time.monotonic()
         for number in range(scenario.device_processes):
@@ -283,8 +324,6 @@ class _Run:
                 patience=scenario.patience,
             )
             self._devices.append(self._machine.devices(plan, self._board))
-        for thread in self._threads:
-            thread.start()
 
     async def watch(self, watch: Callable[[Progress], None], every: float) -> None:
         """Until the devices have fired their last event, or something went wrong."""
@@ -307,6 +346,25 @@ class _Run:
         patience = 3 * self._scenario.patience
         return [await asyncio.to_thread(devices.report, patience) for devices in self._devices]
 
+    def summary(self, reports: Sequence[Report]) -> Summary:
+        """How it came out, as long as the side is there to be asked. The guest's counts are still to be compared."""
+        totals = sum((report.totals for report in reports), Totals())
+        return Summary(
+            backend=self._machine.backend,
+            seed=self._scenario.seed,
+            totals=totals,
+            strays=0,
+            invalidations=self.invalidations,
+            steps=sum(driver.steps for driver in self.drivers),
+            caught=sum(driver.caught() for driver in self.drivers),
+            wakeups=self._side.wakeups(),
+            wakeups_while_assigned=self._side.wakeups_while_assigned(),
+            seconds=self.seconds,
+            violations=[violation for report in reports for violation in report.violations],
+            catcher=self._side.catcher,
+            asleep=self._side.asleep(totals.events),
+        )
+
     async def close(self) -> None:
         """Whatever happened: stop the drivers, end the devices."""
         try:
@@ -322,6 +380,7 @@ class _Run:
             and self.seconds >= scenario.seconds
             and self._board.events() >= scenario.events_min
             and self.invalidations >= scenario.invalidations_min
+            and self._side.enough()
         )
 
     def _progress(self) -> Progress:
@@ -330,19 +389,20 @@ class _Run:
             events=self._board.events(),
             invalidations=self.invalidations,
             faults=self._board.faults(),
-            wakeups=self._router.wakeups,
-            wakeups_while_assigned=self._router.wakeups_while_assigned,
-            vectors=self._router.vectors(),
+            wakeups=self._side.wakeups(),
+            wakeups_while_assigned=self._side.wakeups_while_assigned(),
+            vectors=self._side.routing.vectors(),
         )
 
     def _check(self) -> None:
         if self._errors:
             raise self._errors[0]
+        self._side.check()
         for devices in self._devices:
             if devices.failed:
                 devices.report(0)
 
-    def _drive(self, number: int, driver: Driver) -> None:
+    def _drive(self, number: int, driver: Driver[Any]) -> None:
         try:
             while not self._stop.is_set():
                 self._await_events()
@@ -365,4 +425,4 @@ class _Run:
                 continue  # begin() did not get so far
             await asyncio.to_thread(thread.join, self._scenario.patience)
             if thread.is_alive():
-                raise StalledError(thread.name, f"did not come back from the router in {self._scenario.patience} s")
+                raise StalledError(thread.name, f"did not come back from a verb in {self._scenario.patience} s")

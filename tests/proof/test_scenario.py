@@ -25,7 +25,7 @@ from irqrouter.proof.driver import IRTA, Driver, Wire
 from irqrouter.proof.guest import Pairs
 from irqrouter.proof.ledger import Rule, Totals
 from irqrouter.proof.machine import KvmMachine, Machine, SimulatedMachine
-from irqrouter.proof.scenario import EscapedError, Progress, Scenario, Summary, prove
+from irqrouter.proof.scenario import Embedded, EscapedError, Progress, Scenario, Summary, prove
 from irqrouter.x86.msi import Message
 
 needs_kvm = pytest.mark.skipif(not Path("/dev/kvm").exists(), reason="there is no /dev/kvm")
@@ -247,7 +247,7 @@ def test_driver_with_one_seed_does_the_same_things(machine: Machine) -> None:
             remapper.set_remapping(True)
             wires = [Wire(number, machine.eventfd(), requester=number) for number in range(8)]
             async with Router(machine.vm, remapper, on_fault=lambda _vector, _fault: None) as router:
-                driver = Driver(router, machine.ram, board, Pairs(2, 8), wires, seed)
+                driver = Driver(Embedded(router), machine.ram, board, Pairs(2, 8), wires, seed)
 
                 def work() -> None:
                     driver.populate()
