@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench stress clean
+.PHONY: help demo test check format agent bench fuzz stress torture clean
 
 help:  ## what there is to run
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,11 +31,20 @@ format: $(STAMP)  ## rewrite the sources in the house format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+agent: $(STAMP)  ## the C agent and its example VMM, into build/agent
+	$(MAKE) --no-print-directory -C agent
+
 bench: $(STAMP)  ## ratios against the bare system calls in C; writes build/bench.json
 	$(BIN)/python -m bench
 
+fuzz: $(STAMP)  ## a million frames by a hostile client against the service, beside an honest one
+	$(BIN)/python -m tests.service.fuzz --frames 1000000 --seed 1
+
 stress: $(STAMP)  ## a million events against invalidations, on a real VM
 	$(BIN)/irqrouter stress --events 1000000 --seed 1
+
+torture: $(STAMP)  ## the service killed 200 times beside a busy VM, and not an event lost
+	$(BIN)/irqrouter torture --kills 200 --seed 1
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -197,6 +197,8 @@ class Connection:
             descriptors.clear()
             if frame.errno:
                 waiter.error = wire.error_of(frame)
+            elif frame.payload and waiter.command in (Command.MEMORY, Command.PING):
+                raise WireError(Code.PAYLOAD, what, f"has {len(frame.payload)} bytes, must have none")
             waiter.payloads.append(frame.payload)
             if not frame.more:
                 waiter.done.set()

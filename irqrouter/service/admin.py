@@ -175,7 +175,6 @@ class Happened:
         "prepared",
         "caught",
         "faulted",
-        "routed",
         "assigned",
         "stale",
     ]

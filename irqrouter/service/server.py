@@ -101,9 +101,10 @@ class Server:
 
     async def _observe(self) -> None:
         while True:
+            listened_to = bool(self._happenings)
             await self._happenings.wanted()
             for session in list(self._sessions.values()):
-                session.observe()
+                session.observe(tell=listened_to)  # what was before anybody listened is no news
             await asyncio.sleep(_OBSERVE_S)
 
     # --- one connection ------------------------------------------------------------------------------------------

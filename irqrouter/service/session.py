@@ -80,14 +80,10 @@ _NO_REFUSAL: Final = frozenset({errno.EALREADY, errno.ECANCELED})
 #: Answers that time alone will change: a deassign on its way, a route not accepted yet, an event that came too late.
 _PASSING: Final = frozenset({errno.EINPROGRESS, errno.ENXIO, errno.EAGAIN})
 
-#: What an operation that was carried out is called.
-_DONE: Final = {
-    Kind.PREPARE: What.PREPARED,
-    Kind.CATCH: What.CAUGHT,
-    Kind.ASSIGN: What.ASSIGNED,
-    Kind.SET_ROUTE: What.ROUTED,
-    Kind.CATCH_FAULT: What.FAULTED,
-}
+
+#: The order within a batch. ASSIGN is sent for routes that KVM has accepted, so it waits for no table write; SET_ROUTE
+#: is what causes one, and comes after its vector's CATCH.
+_ORDER: Final = {Kind.ASSIGN: 0, Kind.CATCH: 1, Kind.CATCH_FAULT: 1, Kind.PREPARE: 1, Kind.SET_ROUTE: 2}
 
 
 class Peer(NamedTuple):
@@ -402,10 +398,10 @@ class Session:
             else:
                 self._look_at(watched)
         self._look_on()
+        operations.sort(key=lambda op: op.kind is Kind.ASSIGN)  # every route first, so that one table write will do
         return operations
 
     def _refuse_new(self, added: Sequence[wire.Added]) -> None:
-        replaced = 0
         for index, each in enumerate(added):
             if each.vector >= self.hello.slots:
                 raise WireError(
@@ -415,11 +411,14 @@ class Session:
                 raise WireError(
                     Code.VECTOR, f"vector {each.vector}", f"the state page does not say born {each.born}", index=index
                 )
-            replaced += each.vector in self._vectors
-        if len(self._vectors) + len(added) - replaced > self.limits.vectors:
+        if self._are_too_many(added) and not (self._forget_removed() and not self._are_too_many(added)):
             raise WireError(
                 Code.QUOTA, f"{len(added)} more vectors", f"{len(self._vectors)} of {self.limits.vectors} are there"
             )
+
+    def _are_too_many(self, added: Sequence[wire.Added]) -> bool:
+        new = sum(each.vector not in self._vectors for each in added)
+        return len(self._vectors) + new > self.limits.vectors
 
     def _adopt(self, fd: int, index: int) -> KvmEventfd:
         if not is_eventfd(fd):
@@ -675,6 +674,7 @@ class Session:
                 if len(batch) + len(operations) > wire.OPERATIONS_MAX:
                     break
                 batch += [_Sent(operation, watched) for operation in operations]
+            batch.sort(key=lambda sent: _ORDER[sent.operation.kind])
             if not self._command(Command.BATCH, [sent.operation for sent in batch], partial(self._carried_out, batch)):
                 return
             for sent in batch:
@@ -759,7 +759,8 @@ class Session:
                 self._back_off(watched)
         elif not error:
             watched.delay = BACK_OFF_MIN_S
-            self._happenings.tell(self.name, _DONE[kind], watched.number, operation.generation)
+            if kind is Kind.PREPARE:
+                self._happenings.tell(self.name, What.PREPARED, watched.number, operation.generation)
             if kind in (Kind.CATCH, Kind.CATCH_FAULT):
                 self._watch(watched)
 
@@ -822,12 +823,11 @@ class Session:
 
     def _report(self, watched: _Watched) -> VectorReport:
         slot = self._page.slot(watched.number)
-        state = slot.state & _STATE
         return VectorReport(
             vm=self.name,
             vector=watched.number,
             gsi=slot.gsi,
-            state=SlotState(state).name.lower() if state <= SlotState.MASKED else f"unknown ({state})",
+            state=_state_name(slot),
             prepared=bool(slot.state & wire.PREPARED),
             generation=slot.generation,
             requester=slot.requester,
@@ -843,20 +843,24 @@ class Session:
             last_catch_us=slot.last_catch_ns / 1000 if slot.last_catch_ns else None,
         )
 
-    def observe(self) -> None:
-        """Tell what the agent did by itself since the last time: nothing else in the service needs to know."""
+    def observe(self, *, tell: bool = True) -> None:
+        """Tell what the page says has happened since the last time, which nothing else in the service needs to know."""
         for watched in self._vectors.values():
             slot, before = self._page.slot(watched.number), watched.observed
-            if slot == before:
-                continue
-            watched.observed = slot
-            if slot.generation != before.generation:
-                self._happenings.tell(self.name, What.RENEWED, watched.number, slot.generation)
-            if caught := (slot.caught - before.caught) & 0xFFFF_FFFF:
-                detail = f"{caught} times" if caught > 1 else ""
-                self._happenings.tell(self.name, What.CAUGHT, watched.number, slot.generation, detail)
-            if slot.state & _STATE == SlotState.ASSIGNED != before.state & _STATE:
-                self._happenings.tell(self.name, What.ASSIGNED, watched.number, slot.generation)
+            if slot != before:
+                watched.observed = slot
+                if tell:
+                    self._tell(watched.number, slot, before)
+
+    def _tell(self, vector: int, slot: Slot, before: Slot) -> None:
+        if slot.generation != before.generation:
+            self._happenings.tell(self.name, What.RENEWED, vector, slot.generation, _state_name(slot))
+        for what, times in ((What.CAUGHT, slot.caught - before.caught), (What.FAULTED, slot.faults - before.faults)):
+            if times & 0xFFFF_FFFF:
+                detail = f"{times & 0xFFFF_FFFF} times" if times != 1 else ""
+                self._happenings.tell(self.name, what, vector, slot.generation, detail)
+        if slot.state & _STATE == SlotState.ASSIGNED != before.state & _STATE:
+            self._happenings.tell(self.name, What.ASSIGNED, vector, slot.generation)
 
     def _complain(self, event: str, **fields: object) -> None:
         """A line in the log, unless this VM has had its share of this second."""
@@ -867,6 +871,11 @@ class Session:
 def _name(error: int) -> str:
     """The errno's text; the agent may have answered any number."""
     return os.strerror(error) if error in errno.errorcode else f"errno {error}"
+
+
+def _state_name(slot: Slot) -> str:
+    state = slot.state & _STATE
+    return SlotState(state).name.lower() if state <= SlotState.MASKED else f"unknown ({state})"
 
 
 def _with_message(kind: Kind, watched: _Watched, generation: int, message: Message) -> Operation:

@@ -85,7 +85,6 @@ class What(enum.Enum):
     PREPARED = "prepared"
     CAUGHT = "caught"
     FAULTED = "faulted"
-    ROUTED = "routed"
     ASSIGNED = "assigned"
     #: An operation was answered with ``ESTALE``.
     STALE = "stale"

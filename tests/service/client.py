@@ -162,7 +162,11 @@ async def turns(count: int = 20) -> None:
 def connect(address: str | bytes) -> socket.socket:
     """A connection to the service."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    sock.connect(address)
+    try:
+        sock.connect(address)
+    except OSError:
+        sock.close()
+        raise
     return sock
 
 

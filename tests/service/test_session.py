@@ -12,7 +12,19 @@ from irqrouter.service import session as session_module
 from irqrouter.service.config import Config
 from irqrouter.service.session import VAIN_MAX
 from irqrouter.service.status import What
-from irqrouter.service.wire import PREPARED, ROUTED, Feature, Kind, Operation, Region, RemapperKind, Slot, SlotState
+from irqrouter.service.wire import (
+    PREPARED,
+    ROUTED,
+    Command,
+    Feature,
+    Frame,
+    Kind,
+    Operation,
+    Region,
+    RemapperKind,
+    Slot,
+    SlotState,
+)
 from irqrouter.x86.msi import Message
 from tests.service.client import (
     Agent,
@@ -222,6 +234,37 @@ async def test_many_changes_ring_once_and_are_one_batch() -> None:
         batch = await agent.batch()
         assert [(each.kind, each.vector) for each in batch.operations] == [(Kind.PREPARE, n) for n in range(40)]
         assert [message(each) for each in batch.operations] == [delivered(0x41, number) for number in range(40)]
+
+
+async def test_c7_answers_come_in_any_order() -> None:
+    async with serving() as service, attached(service) as agent:
+        vectors = [agent.create(number, index=number) for number in range(5)]
+        batches = []
+        for vector in vectors:
+            agent.guest.route(vector.number, 0x41 + vector.number)
+            await agent.add(vector)
+            batches.append(await agent.batch())
+        assert len({batch.frame.id for batch in batches}) == 5
+        for batch in reversed(batches):
+            assert agent.obey(batch) == [0]
+        for vector in vectors:
+            agent.fire(vector)
+        assert agent.delivered == [(number, delivered(0x41 + number)) for number in range(5)]
+        agent.guest.entry(3, 0)
+        agent.deassign(vectors[3])
+        agent.fire(vectors[3])
+        batch = await agent.batch()
+        assert (batch.kinds, batch.operations[0].vector) == ([Kind.CATCH_FAULT], 3)
+
+
+async def test_c7_every_command_that_is_on_its_way_gets_its_own_reply() -> None:
+    async with serving() as service, attached(service) as agent:
+        commands = [Command.PING, Command.INVALIDATE, 99] * 10
+        for id, command in enumerate(commands):  # noqa: A001 - the field's name
+            agent.requests.send(Frame(id, command, bytes(8) if command == Command.INVALIDATE else b""))
+        replies = [await agent.requests.frame() for _ in commands]
+        assert [(reply.id, reply.command) for reply in replies] == list(enumerate(commands))
+        assert [bool(reply.errno) for reply in replies] == [False, False, True] * 10
 
 
 # --- faults ------------------------------------------------------------------------------------------------------
