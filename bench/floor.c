@@ -93,6 +93,32 @@ int64_t write_table_twice(int vm, const struct kvm_irq_routing *table)
 	return now() - start;
 }
 
+/* attach: ns for writing the table and assigning `count` irqfds, from `gsi` on; what is pending is discarded. */
+int64_t attach(int vm, const int *eventfds, uint32_t count, uint32_t gsi, const struct kvm_irq_routing *table)
+{
+	int64_t start = now();
+	uint64_t pending;
+
+	if (ioctl(vm, KVM_SET_GSI_ROUTING, table) < 0)
+		return -errno;
+	for (uint32_t i = 0; i < count; i++) {
+		if (set_irqfd(vm, eventfds[i], gsi + i, 0) < 0)
+			return -errno;
+		if (read(eventfds[i], &pending, sizeof(pending)) < 0 && errno != EAGAIN)
+			return -errno;
+	}
+	return now() - start;
+}
+
+/* attach, untimed: deassigns them. */
+int64_t detach(int vm, const int *eventfds, uint32_t count, uint32_t gsi)
+{
+	for (uint32_t i = 0; i < count; i++)
+		if (set_irqfd(vm, eventfds[i], gsi + i, KVM_IRQFD_FLAG_DEASSIGN) < 0)
+			return -errno;
+	return 0;
+}
+
 /* miss: idle, signal `eventfd`, idle again; the time just before the signal. */
 int64_t fire(int eventfd, int64_t idle_ns)
 {

@@ -41,6 +41,8 @@ class Floor:
                 ),
             ),
             ("write_table_twice", (ctypes.c_int, ctypes.c_void_p)),
+            ("attach", (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p)),
+            ("detach", (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint32)),
             ("fire", (ctypes.c_int, ctypes.c_int64)),
             ("catcher_injected", (ctypes.c_void_p,)),
         ):
@@ -70,6 +72,16 @@ class Floor:
     def write_table_twice(self, vm: KvmVm, table: ctypes.Array[ctypes.c_char]) -> int:
         """Nanoseconds for ``KVM_SET_GSI_ROUTING``, twice."""
         return _checked(self.library.write_table_twice(vm.fileno(), table))
+
+    def attach(
+        self, vm: KvmVm, eventfds: ctypes.Array[ctypes.c_int], gsi: int, table: ctypes.Array[ctypes.c_char]
+    ) -> int:
+        """Nanoseconds for writing the table, and assigning every eventfd to a GSI of its own, from ``gsi`` on."""
+        return _checked(self.library.attach(vm.fileno(), eventfds, len(eventfds), gsi, table))
+
+    def detach(self, vm: KvmVm, eventfds: ctypes.Array[ctypes.c_int], gsi: int) -> None:
+        """Deassign them."""
+        _checked(self.library.detach(vm.fileno(), eventfds, len(eventfds), gsi))
 
     def fire(self, eventfd: int, idle_ns: int) -> int:
         """Idle, signal ``eventfd``, idle again. The time (``perf_counter_ns``) just before the signal."""

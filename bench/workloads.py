@@ -1,4 +1,4 @@
-"""The three workloads. Ours, floor and peer take turns, iteration by iteration, after equal idle gaps.
+"""The workloads. Ours, floor and peer take turns, iteration by iteration, after equal idle gaps.
 
 Who goes first changes from one iteration to the next. Every time is in nanoseconds.
 """
@@ -13,10 +13,11 @@ from typing import Final, Literal
 import msgspec
 
 from bench.floor import Catcher, Floor
-from bench.vms import ADDRESS, BareVm, RoutedVm, wait_until
+from bench.vms import ADDRESS, BareVm, OurVm, RoutedVm, wait_until
 
 #: Everybody is idle for this long before each measurement.
 GAP_S: Final = 0.001
+_GAP_NS: Final = round(GAP_S * 1e9)
 #: Signals in one round of ``steady``.
 SIGNALS: Final = 200
 #: Entries invalidated one after the other in ``selective``: a queue pair's, or a device's, that moves to other CPUs.
@@ -24,8 +25,10 @@ RUN: Final = 8
 #: From one invalidated vector to the next: far from the last one, and prime, so that all of them get their turn.
 _STRIDE: Final = 617
 
-Workload = Literal["steady", "selective", "miss"]
-Mode = Literal["embedded", "embedded-idle", "embedded-asyncio"]
+Workload = Literal["steady", "selective", "miss", "attach", "scale"]
+Mode = Literal[
+    "embedded", "embedded-idle", "embedded-asyncio", "service", "service-apart", "service-idle", "service-cold"
+]
 
 
 class Times(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,7 +58,7 @@ def steady(floor: Floor, new_event_loop: Callable[[], asyncio.AbstractEventLoop]
             lambda: ours.append(floor.signal_many(routed.eventfds[0], SIGNALS) / SIGNALS),
             lambda: bare.append(floor.signal_many(bare_vm.eventfds[0], SIGNALS) / SIGNALS),
         ]
-        for turn in _in_turns(turns, rounds):
+        for turn in in_turns(turns, rounds):
             time.sleep(GAP_S)
             turn()
         time.sleep(GAP_S)  # a wakeup that should not have been would come now
@@ -71,9 +74,7 @@ def steady(floor: Floor, new_event_loop: Callable[[], asyncio.AbstractEventLoop]
         )
 
 
-def selective(
-    floor: Floor, new_event_loop: Callable[[], asyncio.AbstractEventLoop], *, n: int, mode: Mode, run: int, rounds: int
-) -> Times:
+def selective(floor: Floor, new_vm: Callable[[int], OurVm], *, n: int, mode: Mode, run: int, rounds: int) -> Times:
     """Invalidate ``run`` entries of ``n``, one by one: ours, a bare deassign each, the whole table written twice each.
 
     The times are per entry.
@@ -85,18 +86,19 @@ def selective(
     def entries_of(iteration: int) -> list[int]:
         return [(iteration * run + number) * _STRIDE % n for number in range(run)]
 
-    with RoutedVm(n, new_event_loop) as routed, BareVm(n) as bare_vm, BareVm(n) as peer_vm:
+    with new_vm(n) as our_vm, BareVm(n) as bare_vm, BareVm(n) as peer_vm:
 
         def invalidate_ours() -> None:
             entries = entries_of(len(ours))
             for index in entries:
-                routed.move(index)
+                our_vm.move(index)
             time.sleep(GAP_S)
-            ours.append(sum([routed.invalidate(index) for index in entries]) / run)
+            ours.append(sum([our_vm.invalidate(index) for index in entries]) / run)
             for index in entries:
-                floor.fire(routed.eventfds[index], 0)
+                floor.fire(our_vm.eventfds[index], 0)
             for index in entries:
-                routed.wait_until_assigned(index)
+                our_vm.wait_until_caught(index)
+                our_vm.assign_again(index)
 
         def deassign_bare() -> None:
             entries = entries_of(len(bare))
@@ -117,7 +119,7 @@ def selective(
             for index in entries:
                 floor.signal_many(peer_vm.eventfds[index], 1)
 
-        for turn in _in_turns([invalidate_ours, deassign_bare, write_peer], rounds):
+        for turn in in_turns([invalidate_ours, deassign_bare, write_peer], rounds):
             turn()
         return Times(
             workload="selective",
@@ -126,38 +128,30 @@ def selective(
             ours=ours,
             floor=bare,
             peer=peer,
-            ours_vectors=sorted(routed.irr()),
+            ours_vectors=sorted(our_vm.irr()),
             floor_vectors=sorted(bare_vm.irr()),
             peer_vectors=sorted(peer_vm.irr()),
         )
 
 
-def miss(floor: Floor, new_event_loop: Callable[[], asyncio.AbstractEventLoop], *, mode: Mode, rounds: int) -> Times:
-    """From the signal on a deassigned eventfd to the MSI injected: the router, and a C thread in ``epoll_wait``."""
+def miss(floor: Floor, new_vm: Callable[[int], OurVm], *, mode: Mode, rounds: int) -> Times:
+    """From the signal on a deassigned eventfd to the MSI injected: ours, and a C thread in ``epoll_wait``."""
     ours: list[float] = []
     bare: list[float] = []
-    gap_ns = round(GAP_S * 1e9)
     with contextlib.ExitStack() as opened:
-        routed = opened.enter_context(RoutedVm(1, new_event_loop))
+        our_vm = opened.enter_context(new_vm(1))
         bare_vm = opened.enter_context(BareVm(1))
         floor.deassign(bare_vm.vm, bare_vm.eventfds[0], bare_vm.gsis[0])
         catcher = opened.enter_context(Catcher(floor, bare_vm.vm, bare_vm.eventfds[0], ADDRESS))
 
-        def catch_ours() -> None:
-            routed.move(0)
-            routed.invalidate(0)
-            fired = floor.fire(routed.eventfds[0], gap_ns)
-            routed.wait_until_assigned(0)
-            ours.append(routed.vm.injected_ns - fired)
-
         def catch_bare() -> None:
             bare_vm.move(0)
             catcher.set_data(bare_vm.message(0).data)
-            fired = floor.fire(bare_vm.eventfds[0], gap_ns)
+            fired = floor.fire(bare_vm.eventfds[0], _GAP_NS)
             wait_until(lambda: catcher.injected_ns >= fired, "the catcher")
             bare.append(catcher.injected_ns - fired)
 
-        for turn in _in_turns([catch_ours, catch_bare], rounds):
+        for turn in in_turns([lambda: ours.append(caught_ns(floor, our_vm)), catch_bare], rounds):
             turn()
         return Times(
             workload="miss",
@@ -165,12 +159,63 @@ def miss(floor: Floor, new_event_loop: Callable[[], asyncio.AbstractEventLoop], 
             n=1,
             ours=ours,
             floor=bare,
-            ours_vectors=sorted(routed.irr()),
+            ours_vectors=sorted(our_vm.irr()),
             floor_vectors=sorted(bare_vm.irr()),
         )
 
 
-def _in_turns(turns: Sequence[Callable[[], None]], rounds: int) -> Iterator[Callable[[], None]]:
+def attach(floor: Floor, new_vm: Callable[[int], OurVm], *, n: int, mode: Mode, rounds: int) -> Times:
+    """Add ``n`` vectors, until all are assigned; the floor writes the table once and assigns each."""
+    ours: list[float] = []
+    bare: list[float] = []
+    with new_vm(n) as our_vm, BareVm(n) as bare_vm:
+
+        def attach_ours() -> None:
+            our_vm.detach()
+            for index in range(n):
+                our_vm.move(index)
+            time.sleep(GAP_S)
+            ours.append(our_vm.attach())
+            assert all(our_vm.is_assigned(index) for index in range(n)), "not all are assigned"
+            for eventfd in our_vm.eventfds:
+                floor.signal_many(eventfd, 1)
+
+        def attach_bare() -> None:
+            floor.detach(bare_vm.vm, bare_vm.eventfd_array, bare_vm.gsis[0])
+            for index in range(n):
+                bare_vm.move(index)
+            time.sleep(GAP_S)
+            bare.append(floor.attach(bare_vm.vm, bare_vm.eventfd_array, bare_vm.gsis[0], bare_vm.table))
+            for eventfd in bare_vm.eventfds:
+                floor.signal_many(eventfd, 1)
+
+        for turn in in_turns([attach_ours, attach_bare], rounds):
+            turn()
+        return Times(
+            workload="attach",
+            mode=mode,
+            n=n,
+            ours=ours,
+            floor=bare,
+            ours_vectors=sorted(our_vm.irr()),
+            floor_vectors=sorted(bare_vm.irr()),
+        )
+
+
+def caught_ns(floor: Floor, vm: OurVm) -> int:
+    """Move and invalidate the first source, and signal: nanoseconds until that was delivered. Then assign it again."""
+    vm.move(0)
+    vm.invalidate(0)
+    vm.wait_until_ready(0)
+    fired = floor.fire(vm.eventfds[0], _GAP_NS)
+    vm.wait_until_caught(0)
+    injected = vm.injected_ns(0)
+    vm.assign_again(0)
+    return injected - fired
+
+
+def in_turns(turns: Sequence[Callable[[], None]], rounds: int) -> Iterator[Callable[[], None]]:
+    """Each of ``turns``, ``rounds`` times."""
     # Every order in turn, not a rotation: that would always leave a side behind the same neighbour, and its caches.
     orders = itertools.cycle(itertools.permutations(turns))
     return itertools.chain.from_iterable(itertools.islice(orders, rounds))
