@@ -23,6 +23,7 @@
 #include <fcntl.h>
 #include <getopt.h>
 #include <linux/kvm.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdbool.h>
@@ -471,6 +472,24 @@ static void break_one(struct vmm *vmm)
 		       (unsigned int)(vmm->fault_high & 7));
 }
 
+/* For those who want to look: irqrouter status, top, trace. Devices 0 to 4 go on firing, and device 0 moves each second. */
+static void stay(struct vmm *vmm)
+{
+	struct pollfd input = {.fd = STDIN_FILENO, .events = POLLIN};
+	unsigned int i, tenths = 0;
+
+	puts("staying until there is a line, or the end, on standard input");
+	fflush(stdout);
+	while (poll(&input, 1, 100) == 0) {
+		if (tenths++ % 10 == 0) {
+			write_irte(vmm, 0, 0x50, tenths / 10 % VCPUS, true);
+			must(irqrouter_agent_invalidate(vmm->agent, 0, 0), "irqrouter_agent_invalidate");
+		}
+		for (i = 0; i < DEVICES - 1; i++)
+			checked(eventfd_write(vmm->devices[i], 1), "eventfd_write");
+	}
+}
+
 static void end(struct vmm *vmm)
 {
 	unsigned int i;
@@ -491,12 +510,13 @@ static void end(struct vmm *vmm)
 }
 
 static const char usage[] =
-	"usage: example_vmm [--socket PATH] [--name NAME]\n"
+	"usage: example_vmm [--socket PATH] [--name NAME] [--stay]\n"
 	"\n"
 	"Makes a VM, attaches it to the service, moves interrupts about, and prints what arrived where.\n"
 	"\n"
 	"  --socket PATH  the service's socket (default: /run/irqrouter/agent.socket)\n"
 	"  --name NAME    what the service calls the VM (default: example)\n"
+	"  --stay         then stay attached, devices firing, until there is a line on standard input\n"
 	"\n"
 	"exit status: 0 all arrived where it should, 1 it did not or something failed\n";
 
@@ -505,11 +525,13 @@ int main(int argc, char **argv)
 	static const struct option options[] = {
 		{"socket", required_argument, NULL, 's'},
 		{"name", required_argument, NULL, 'n'},
+		{"stay", no_argument, NULL, 'y'},
 		{"help", no_argument, NULL, 'h'},
 		{0},
 	};
 	const char *socket_path = "/run/irqrouter/agent.socket", *name = "example";
 	struct vmm vmm = {0};
+	bool stays = false;
 	int option;
 
 	while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
@@ -517,6 +539,8 @@ int main(int argc, char **argv)
 			socket_path = optarg;
 		else if (option == 'n')
 			name = optarg;
+		else if (option == 'y')
+			stays = true;
 		else {
 			fputs(usage, option == 'h' ? stdout : stderr);
 			return option == 'h' ? 0 : 1;
@@ -531,6 +555,8 @@ int main(int argc, char **argv)
 	retarget_one(&vmm);
 	retarget_all(&vmm);
 	break_one(&vmm);
+	if (stays)
+		stay(&vmm);
 	end(&vmm);
 	puts(vmm.failed ? "NOT everything arrived where it should" : "everything arrived where it should");
 	return vmm.failed;

@@ -65,7 +65,7 @@ def test_serve_logs_for_the_journal_when_its_stderr_is_the_journal(tmp_path: Pat
     lines = service.logged().splitlines()
     assert lines[0].startswith("<6>serving version=")
     assert f"socket={service.socket}" in lines[0]
-    assert lines[-1] == "<6>stopping"
+    assert "<6>stopping" in lines  # the stranger who said nothing may be turned away after that
     assert all(line[0] == "<" and line[1].isdigit() and line[2] == ">" for line in lines)
 
 
