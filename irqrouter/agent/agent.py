@@ -240,7 +240,11 @@ class Agent:
         return self.invalidate(EVERYTHING)
 
     def vectors(self) -> list[VectorStatus]:
-        """A snapshot of every vector."""
+        """A snapshot of every vector.
+
+        ``id`` is that of the handle, and never given again; the service, its logs and its tools know a vector by the
+        number of its slot, which is.
+        """
         return self._executor.status()
 
     # --- what the service decides --------------------------------------------------------------------------------

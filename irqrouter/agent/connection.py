@@ -200,6 +200,8 @@ class Connection:
             elif frame.payload and waiter.command in (Command.MEMORY, Command.PING):
                 raise WireError(Code.PAYLOAD, what, f"has {len(frame.payload)} bytes, must have none")
             waiter.payloads.append(frame.payload)
+            if len(waiter.payloads) > wire.REPLY_FRAMES_MAX:
+                raise WireError(Code.FRAME, what, f"has more than {wire.REPLY_FRAMES_MAX} frames")
             if not frame.more:
                 waiter.done.set()
 

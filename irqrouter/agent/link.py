@@ -143,6 +143,9 @@ class Link:
         memory = _memory(regions)
         with self._setting_memory:
             with self._lock:
+                if self._closing.is_set():
+                    _close_all(memory.descriptors)
+                    raise CallerError("the agent", "is closed")
                 before, self._memory = self._memory, memory
                 ready = self._ready
                 descriptors = _duplicates(memory.descriptors) if ready is not None else []

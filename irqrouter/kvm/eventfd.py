@@ -228,7 +228,8 @@ def _checked_identity(fd: int, given: str) -> int:
     # Asked of the duplicate: the number we were given may mean something else by now.
     path = Path(f"/proc/self/fdinfo/{fd}")
     try:
-        lines = path.read_text("ascii").splitlines()
+        # Of what is no eventfd it may have any bytes, those of paths for example.
+        lines = path.read_bytes().decode("ascii", "replace").splitlines()
     except OSError as error:
         raise kernel_error(error, f"reading {path}", given) from error
     info = {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}

@@ -642,8 +642,12 @@ class Executor:
             return errno.EAGAIN
         if fault.recorded:
             self._record_fault(vector, fault)
-        if eventfd.read() > 1 and fault.recorded:
-            self._record_fault(vector, fault)  # an event may have come after the record, and this took it too
+        if eventfd.read() > 1 and fault.recorded:  # an event may have come after the record, and this took it too
+            try:
+                self._record_fault(vector, fault)
+            except BaseException:
+                eventfd.write(1)  # that one is pending still
+                raise
         self._vectors.happen(vector, Event.FAULT_CAUGHT)
         vector.faults += 1
         self._won(vector)

@@ -22,6 +22,10 @@ from irqrouter.service.wire import Code, Frame, WireError
 #: fewer: those that find no room the kernel closes in our thread, and some closes wait, see :class:`_Closer`.
 _ANCILLARY: Final = socket.CMSG_SPACE(253 * array.array("i").itemsize)
 
+#: What brings descriptors: SCM_RIGHTS, which the peer sends, and SCM_PIDFD (include/linux/socket.h), which the kernel
+#: adds to every packet if the socket has SO_PASSPIDFD. The batch socket came from the peer, which may set that.
+_WITH_DESCRIPTORS: Final = frozenset({socket.SCM_RIGHTS, 4})
+
 _NO_LINGER: Final = struct.pack("ii", 0, 0)
 
 
@@ -258,6 +262,6 @@ def _settle(future: asyncio.Future[None]) -> None:
 def _descriptors(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
     found = array.array("i")
     for level, kind, data in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+        if level == socket.SOL_SOCKET and kind in _WITH_DESCRIPTORS:
             found.frombytes(data[: len(data) - len(data) % found.itemsize])
     return list(found)

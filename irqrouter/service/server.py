@@ -26,8 +26,14 @@ log = structlog.get_logger("irqrouter")
 
 #: An agent that has not said ``HELLO`` after this has wasted its chance.
 HELLO_S: Final = 5.0
-#: Connections that have not said ``HELLO`` yet, all together.
+#: Connections that have not said ``HELLO`` yet, all together: of those who may attach, and of those who may not and are
+#: heard only to be told so.
 STRANGERS_MAX: Final = 64
+UNWELCOME_MAX: Final = 8
+#: Lines that all who come and go may cause in the log in a second: every VM there may be, once each.
+COMINGS_PER_S: Final = 512
+#: How often it is looked whether what strangers sent has been closed, where that is too much to let others in.
+_CLOSING_S: Final = 0.01
 #: How often the pages are looked at for those who want to hear what happens.
 _OBSERVE_S: Final = 0.01
 
@@ -50,8 +56,9 @@ class Server:
         self._sessions: dict[str, Session] = {}
         self._ended: dict[str, asyncio.Event] = {}
         self._claims = Claims()
-        self._strangers = 0
+        self._strangers = {True: 0, False: 0}  # those who may attach, and those who may not
         self._lines = LogShare()
+        self._comings = LogShare(COMINGS_PER_S)
 
     async def serve(self, listener: socket.socket) -> None:
         """Accept agents on ``listener``, a listening ``SOCK_SEQPACKET`` socket, until cancelled."""
@@ -60,6 +67,12 @@ class Server:
             group.create_task(self._observe())
             while True:
                 await _readable(listener)
+                if closer.busy >= STRANGERS_MAX:  # whoever comes now brings more of it, perhaps, and waits outside
+                    if self._lines.take():
+                        suppressed = self._lines.forget_suppressed()
+                        log.warning("nobody is let in", why="closes take their time", suppressed=suppressed)
+                    await asyncio.sleep(_CLOSING_S)
+                    continue
                 try:
                     connection, _ = listener.accept()
                 except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -68,12 +81,14 @@ class Server:
                     log.exception("cannot accept")
                     await asyncio.sleep(1)
                     continue
-                if self._strangers + closer.busy >= STRANGERS_MAX:
-                    self._turned_away(_peer(connection), CallerError("the service", "has too many strangers"))
-                    connection.close()
+                peer = _peer(connection)
+                welcome = self._may_attach(peer)
+                if self._strangers[welcome] + closer.busy >= (STRANGERS_MAX if welcome else UNWELCOME_MAX):
+                    self._turned_away(peer, CallerError("the service", "has too many strangers"))
+                    Channel(connection).close()  # which takes care of what it has sent already
                     continue
-                self._strangers += 1
-                group.create_task(self._welcome(connection))
+                self._strangers[welcome] += 1
+                group.create_task(self._welcome(connection, peer, welcome=welcome))
 
     def reconfigure(self, config: Config) -> None:
         """From now on ``config`` holds: who may attach for newcomers, limits and prefetching for all."""
@@ -109,12 +124,11 @@ class Server:
 
     # --- one connection ------------------------------------------------------------------------------------------
 
-    async def _welcome(self, connection: socket.socket) -> None:
+    async def _welcome(self, connection: socket.socket, peer: Peer, *, welcome: bool) -> None:
         """From the connection to its end. Nothing that goes wrong with one leaves this."""
-        peer = _peer(connection)
         channel = Channel(connection)
         try:
-            session, welcome = await self._hello(channel, peer)
+            session, reply = await self._hello(channel, peer)
         except BaseException as error:
             channel.close()
             if not isinstance(error, Exception):
@@ -122,12 +136,12 @@ class Server:
             self._turned_away(peer, error)
             return
         finally:
-            self._strangers -= 1
-        await self._run(session, welcome)
+            self._strangers[welcome] -= 1
+        await self._run(session, reply)
 
     async def _run(self, session: Session, welcome: Frame) -> None:
         logger = log.bind(vm=session.name, pid=session.peer.pid, uid=session.peer.uid)
-        logger.info("attached", remapper=session.hello.remapper.name, features=session.hello.features.name)
+        self._log(logger, "attached", remapper=session.hello.remapper.name, features=session.hello.features.name)
         self._happenings.tell(session.name, What.ATTACHED)
         why: Exception | None = None
         try:
@@ -142,7 +156,12 @@ class Server:
             del self._sessions[session.name]
             self._ended.pop(session.name).set()
             self._happenings.tell(session.name, What.DETACHED, detail=str(why or ""))
-            logger.info("detached", why=str(why or "the service ends"))
+            self._log(logger, "detached", why=str(why or "the service ends"))
+
+    def _log(self, logger: structlog.stdlib.BoundLogger, event: str, **fields: object) -> None:
+        """A line about one who comes or goes; an agent may do that thousands of times in a second."""
+        if self._comings.take():
+            logger.info(event, suppressed=self._comings.forget_suppressed(), **fields)
 
     async def _hello(self, channel: Channel, peer: Peer) -> tuple[Session, Frame]:
         """Hear ``HELLO``, and register the session. What is refused is told to the agent before it is raised."""
@@ -166,7 +185,7 @@ class Server:
     async def _register(self, frame: Frame, packet: Packet, channel: Channel, peer: Peer) -> tuple[Session, Frame]:
         if frame.reply or frame.command != Command.HELLO:
             raise WireError(Code.ORDER, f"command {frame.command}", "must come after HELLO")
-        if not self._config.permitted(peer.uid, peer.gid, peer.groups):
+        if not self._may_attach(peer):
             raise WireError(Code.PEER, f"process {peer.pid} of user {peer.uid}", "may not attach")
         hello = wire.decode_hello(frame.payload)
         await self._end_former(hello, peer)
@@ -220,6 +239,9 @@ class Server:
             )
             opened.pop_all()
         return session
+
+    def _may_attach(self, peer: Peer) -> bool:
+        return self._config.permitted(peer.uid, peer.gid, peer.groups)
 
     def _turned_away(self, peer: Peer, error: Exception) -> None:
         if self._lines.take():

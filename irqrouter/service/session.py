@@ -137,18 +137,21 @@ class Claims:
     """Which eventfds are vectors, of any VM: one that were two vectors would give each the other's events."""
 
     def __init__(self) -> None:
-        self._claimed: set[int] = set()
+        self._claimed: dict[int, Session] = {}
 
-    def claim(self, eventfd: KvmEventfd) -> bool:
-        """Claim ``eventfd``; False where it is claimed already."""
-        if eventfd.identity in self._claimed:
-            return False
-        self._claimed.add(eventfd.identity)
+    def claim(self, eventfd: KvmEventfd, session: "Session") -> bool:
+        """Claim ``eventfd`` for ``session``; False where it is claimed already, by a vector that is still there."""
+        former = self._claimed.get(eventfd.identity)
+        if former is not None:
+            former.forget_removed()
+            if eventfd.identity in self._claimed:
+                return False
+        self._claimed[eventfd.identity] = session
         return True
 
     def give_back(self, eventfd: KvmEventfd) -> None:
         """It is no vector any more."""
-        self._claimed.discard(eventfd.identity)
+        self._claimed.pop(eventfd.identity, None)
 
 
 class Session:
@@ -190,9 +193,10 @@ class Session:
         self._memory: MemfdMemory | None = None
         self._registers: tuple[int, int] | None = None
         self._remapper: Remapper = NoRemapping()
-        # Who changed, and who will have when the agent has carried out what ADD was answered with.
+        # Who is to be looked at, and who will be at the next ring whatever the page says then: the agent will have
+        # carried out what ADD was answered with, or a slot may look as it did before the decision was carried out.
         self._to_look: dict[_Watched, None] = {}
-        self._fresh: dict[_Watched, None] = {}
+        self._at_next_ring: dict[_Watched, None] = {}
         self._looking_on = False  # a turn of the loop will look at the rest
         self._paused = False
         # What waits to be sent: at most one decision for each vector.
@@ -204,6 +208,7 @@ class Session:
         self._stuck = False  # the agent does not read its batches
         self._lines = LogShare()
         self._time = TimeShare()
+        self._owes = 0.0  # how long the next request has to wait for what the last one took of that
         self.frames = self.bytes = self.operations = self.stale = self.faults = self.doorbells = self.wakeups = 0
         self._page = StatePage(hello.slots)
         try:
@@ -273,9 +278,15 @@ class Session:
             callback(*arguments)
         except Exception as error:  # noqa: BLE001 - handed on by run(), whatever it is
             self._fail(error)
+        self._charge(began)
+
+    def _charge(self, began: float) -> float:
+        """The loop has worked for the VM since ``began`` of the thread's time; returns for how long it pauses now."""
         used = time.thread_time() - began
-        if self.has_company() and (pause := self._time.spend(used, time.monotonic())):
+        pause = self._time.spend(used, time.monotonic()) if self.has_company() else 0.0
+        if pause:
             self._pause(pause)
+        return pause
 
     def _listen(self) -> None:
         """Be called when something happens."""
@@ -315,8 +326,9 @@ class Session:
                 closed = packet.close()
             if closed is not None:
                 await closed
-            # To the others after every frame; and to nobody but the others when the second's share is used up.
-            await asyncio.sleep(share.spend(len(packet.data), self.limits))
+            # To the others after every frame; and to nobody but the others when a share is used up.
+            pause, self._owes = max(self._owes, share.spend(len(packet.data), self.limits)), 0.0
+            await asyncio.sleep(pause)
 
     async def _serve(self, packet: Packet) -> None:
         id = command = 0  # noqa: A001 - the field's name
@@ -337,11 +349,12 @@ class Session:
         if frame.command not in (Command.MEMORY, Command.ADD) and packet.descriptors:
             raise WireError(Code.FRAME, f"frame {frame.id} of command {frame.command}", "has descriptors")
         match frame.command:
-            case Command.MEMORY:
-                self._set_memory(wire.decode_memory(frame.payload, len(packet.descriptors)), packet)
-                return [_reply(frame)]
-            case Command.ADD:
-                return _replies(frame, self._add(wire.decode_add(frame.payload, len(packet.descriptors)), packet))
+            case Command.MEMORY | Command.ADD:  # milliseconds, where it has hundreds of descriptors
+                began = time.thread_time()
+                try:
+                    return self._take_in(frame, packet)
+                finally:
+                    self._owes = self._charge(began)
             case Command.INVALIDATE:
                 if not self.hello.features & Feature.WIDE:
                     raise WireError(Code.COMMAND, "INVALIDATE", "is for agents that offered WIDE")
@@ -354,6 +367,12 @@ class Session:
                 raise WireError(Code.ORDER, "HELLO", "was said already")
             case _:
                 raise WireError(Code.COMMAND, f"command {frame.command}", "is not defined")
+
+    def _take_in(self, frame: Frame, packet: Packet) -> Sequence[Frame]:
+        if frame.command == Command.MEMORY:
+            self._set_memory(wire.decode_memory(frame.payload, len(packet.descriptors)), packet)
+            return [_reply(frame)]
+        return _replies(frame, self._add(wire.decode_add(frame.payload, len(packet.descriptors)), packet))
 
     def _set_memory(self, regions: Sequence[wire.Region], packet: Packet) -> None:
         if self.hello.remapper in (RemapperKind.NONE, RemapperKind.VMM):
@@ -394,7 +413,7 @@ class Session:
             decided = self._first_decision(watched) if each.new else []
             operations += decided
             if decided:  # the agent carries that out and rings: what is deassigned still is looked at then
-                self._fresh[watched] = None
+                self._at_next_ring[watched] = None
             else:
                 self._look_at(watched)
         self._look_on()
@@ -411,7 +430,7 @@ class Session:
                 raise WireError(
                     Code.VECTOR, f"vector {each.vector}", f"the state page does not say born {each.born}", index=index
                 )
-        if self._are_too_many(added) and not (self._forget_removed() and not self._are_too_many(added)):
+        if self._are_too_many(added) and not (self.forget_removed() and not self._are_too_many(added)):
             raise WireError(
                 Code.QUOTA, f"{len(added)} more vectors", f"{len(self._vectors)} of {self.limits.vectors} are there"
             )
@@ -431,14 +450,14 @@ class Session:
             raise WireError(
                 Code.DESCRIPTOR, f"descriptor {index}", error.rule, errno=error.errno, index=index
             ) from error
-        if not self._claims.claim(eventfd) and not (self._forget_removed() and self._claims.claim(eventfd)):
+        if not self._claims.claim(eventfd, self):
             eventfd.close()
             raise WireError(
                 Code.DESCRIPTOR, f"descriptor {index}", "is a vector's already", errno=errno.EBUSY, index=index
             )
         return eventfd
 
-    def _forget_removed(self) -> bool:
+    def forget_removed(self) -> bool:
         """Forget the vectors that the page says are gone, if there are any: their doorbell may not have been heard."""
         gone = [
             watched for watched in self._vectors.values() if self._is_gone(watched, self._page.slot(watched.number))
@@ -486,8 +505,8 @@ class Session:
     def _on_doorbell(self) -> None:
         self._doorbell.read()
         self.doorbells += 1
-        self._look_at(*self._fresh, *filter(None, map(self._vectors.get, self._page.changed())))
-        self._fresh.clear()
+        self._look_at(*self._at_next_ring, *filter(None, map(self._vectors.get, self._page.changed())))
+        self._at_next_ring.clear()
         self._look_on()
 
     def _look_at(self, *vectors: _Watched) -> None:
@@ -628,6 +647,8 @@ class Session:
 
     def _back_off(self, watched: _Watched) -> None:
         """Look again later: never spin on an event that cannot be delivered."""
+        if watched.busy:  # something is on its way already, one is enough
+            return
         watched.busy = True
         self._loop.call_later(watched.delay, self._guarded, self._after_back_off, watched)
         watched.delay = min(2 * watched.delay, BACK_OFF_MAX_S)
@@ -650,7 +671,7 @@ class Session:
     def _forget(self, watched: _Watched) -> None:
         if self._vectors.get(watched.number) is watched:
             del self._vectors[watched.number]
-        for waiting in (self._to_look, self._fresh, self._outbox, self._to_translate):
+        for waiting in (self._to_look, self._at_next_ring, self._outbox, self._to_translate):
             waiting.pop(watched, None)
         del self._by_fd[watched.eventfd.fileno()]
         self._release(watched.eventfd)
@@ -748,7 +769,10 @@ class Session:
         if error == errno.ESTALE:
             self.stale += 1
             self._happenings.tell(self.name, What.STALE, watched.number, operation.generation, kind.name)
-            watched.again = True
+            if self._page.generation(watched.number) == operation.generation:
+                self._back_off(watched)  # the page contradicts it, and would lead to the same decision
+            else:
+                watched.again = True
         elif error == errno.EAGAIN and not watched.eventfd.pending():
             self._watch(watched)  # somebody else had the event
         elif error in _PASSING:
@@ -759,10 +783,16 @@ class Session:
                 self._back_off(watched)
         elif not error:
             watched.delay = BACK_OFF_MIN_S
-            if kind is Kind.PREPARE:
+            if kind is Kind.PREPARE and self._happenings:
+                self._observe(watched)  # the page is behind what is told here by up to one look
                 self._happenings.tell(self.name, What.PREPARED, watched.number, operation.generation)
             if kind in (Kind.CATCH, Kind.CATCH_FAULT):
                 self._watch(watched)
+            elif kind is not Kind.SET_ROUTE:
+                # When it is taken back within this generation, as by the end of a wide invalidation, the slot is again
+                # what it was when it was looked at last, and the ring tells nothing. That may have been already.
+                self._at_next_ring[watched] = None
+                self._watch_if_deassigned(watched)
 
     def _translated(self, asked: Sequence[_Asked], frame: Frame) -> None:
         operations = wire.decode_operations(frame.payload, wire.IN_TRANSLATED)
@@ -846,11 +876,14 @@ class Session:
     def observe(self, *, tell: bool = True) -> None:
         """Tell what the page says has happened since the last time, which nothing else in the service needs to know."""
         for watched in self._vectors.values():
-            slot, before = self._page.slot(watched.number), watched.observed
-            if slot != before:
-                watched.observed = slot
-                if tell:
-                    self._tell(watched.number, slot, before)
+            self._observe(watched, tell=tell)
+
+    def _observe(self, watched: _Watched, *, tell: bool = True) -> None:
+        slot, before = self._page.slot(watched.number), watched.observed
+        if slot != before:
+            watched.observed = slot
+            if tell:
+                self._tell(watched.number, slot, before)
 
     def _tell(self, vector: int, slot: Slot, before: Slot) -> None:
         if slot.generation != before.generation:

@@ -16,16 +16,16 @@ SHARE_S: Final = 0.005
 class LogShare:
     """How many lines somebody may still cause in the log in this second."""
 
-    def __init__(self) -> None:
+    def __init__(self, lines_per_s: int = LOG_LINES_PER_S) -> None:
+        self._lines_per_s = self._left = lines_per_s
         self._second = 0.0
-        self._left = LOG_LINES_PER_S
         self._suppressed = 0
 
     def take(self) -> bool:
         """Whether there is one left, and take it."""
         now = time.monotonic()
         if now - self._second >= 1:
-            self._second, self._left = now, LOG_LINES_PER_S
+            self._second, self._left = now, self._lines_per_s
         if self._left:
             self._left -= 1
             return True

@@ -189,6 +189,10 @@ def test_service_that_says_nothing_is_left_at_once_when_the_agent_is_closed(at: 
     agent.close()
     with pytest.raises(CallerError, match="closed"):
         agent.add(at.kernel.eventfd(), message_of(0), requester=REQUESTER)
+    ram, regions = memory()
+    with pytest.raises(CallerError, match="closed"):
+        agent.set_memory(regions)
+    os.close(ram)
 
 
 @pytest.mark.parametrize("options", [{"slots": 0}, {"slots": 4097}, {"remapper": RemapperKind.VMM}])
@@ -458,6 +462,25 @@ def test_fault_that_cannot_be_recorded_takes_no_event(at: Bench) -> None:
     assert session.batch(catch_fault(session, 0, RECORD)) == [errno.EIO]
     at.on_fault = store
     assert session.batch(catch_fault(session, 0, RECORD)) == [0]
+
+
+def test_later_event_whose_fault_cannot_be_recorded_is_pending_still(at: Bench) -> None:
+    agent, session = at.connected()
+    _, fd = at.add(agent, session, 5, assigned=False)
+    at.kernel.signal(fd)
+    at.kernel.signal(fd)
+    store = at.on_fault
+
+    def stores_one(vector: Vector, record: wire.Record) -> None:
+        if at.faults:
+            raise RuntimeError("told to")
+        store(vector, record)
+
+    at.on_fault = stores_one
+    assert session.batch(catch_fault(session, 0, RECORD)) == [errno.EIO]
+    at.on_fault = store
+    assert session.batch(catch_fault(session, 0, RECORD)) == [0]
+    assert len(at.faults) == 2
 
 
 def test_vector_that_keeps_losing_is_waited_for_b3(at: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,6 +127,15 @@ def test_eventfd_of_another_kind_of_file_is_refused() -> None:
         KvmEventfd(epoll.fileno())
 
 
+def test_file_of_which_the_kernel_tells_more_than_ascii_is_refused_all_the_same(
+    fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """io_uring names the files that are registered with it."""
+    monkeypatch.setattr(Path, "read_bytes", lambda _path: b"pos:\t0\nflags:\t02\nUserFiles:\t1\n    0: caf\xc3\xa9\n")
+    with pytest.raises(NotAnEventfdError, match="is not an eventfd"):
+        KvmEventfd(fd)
+
+
 @pytest.mark.parametrize(
     ("flags", "error"),
     [
@@ -148,9 +157,9 @@ def test_eventfd_with_wrong_flags_is_refused_and_unchanged(flags: int, error: ty
 
 @pytest.mark.parametrize("line", ["eventfd-id", "eventfd-semaphore"])
 def test_eventfd_of_an_older_kernel_is_refused_by_name(fd: int, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    complete = Path(f"/proc/self/fdinfo/{fd}").read_text("ascii")
-    older = "\n".join(present for present in complete.splitlines() if not present.startswith(line))
-    monkeypatch.setattr(Path, "read_text", lambda _path, _encoding: older)
+    complete = Path(f"/proc/self/fdinfo/{fd}").read_bytes()
+    older = b"\n".join(present for present in complete.splitlines() if not present.startswith(line.encode()))
+    monkeypatch.setattr(Path, "read_bytes", lambda _path: older)
     with pytest.raises(KernelError, match=line) as caught:
         KvmEventfd(fd)
     assert caught.value.errno == errno.ENOSYS

@@ -19,7 +19,7 @@ import pytest
 from irqrouter.scope import EVERYTHING
 from irqrouter.service import server as server_module
 from irqrouter.service import wire
-from irqrouter.service.config import Config, Limits
+from irqrouter.service.config import Access, Config, Limits
 from irqrouter.service.session import Session
 from irqrouter.service.wire import (
     Added,
@@ -539,6 +539,15 @@ async def test_hello_that_lies_and_leaves_is_logged_all_the_same() -> None:
         assert all("speaks" in line["why"] for line in service.logged("turned away"))
 
 
+async def test_log_of_those_who_come_and_go_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "COMINGS_PER_S", 6)
+    async with serving() as service:
+        for _ in range(10):
+            async with attached(service):
+                pass
+        assert len(service.logged("attached") + service.logged("detached")) <= 12  # in two seconds, at most
+
+
 async def test_c3_flood_of_hellos_by_one_name_leaves_one() -> None:
     async with serving() as service, honest(service):
         before = descriptors()
@@ -735,7 +744,7 @@ async def test_vectors_added_again_and_again_are_kept_once(new: bool) -> None:
                 await is_served(other, rounds=1)
         it = session(service)
         assert len(it._vectors) == len(it._by_fd) == 64
-        assert sum(map(len, it._outbox.values())) + len(it._fresh) + len(it._to_look) <= 3 * 64
+        assert sum(map(len, it._outbox.values())) + len(it._at_next_ring) + len(it._to_look) <= 3 * 64
         assert it._on_their_way <= 2 * wire.SLOTS_MAX + wire.OPERATIONS_MAX
         assert len(it._unanswered) <= wire.UNANSWERED_MAX
 
@@ -785,6 +794,24 @@ async def test_b8_flood_of_doorbells_and_changes_leaves_the_loop_to_others() -> 
         await until(lambda: next(vm for vm in service.server.vms() if vm.name == "vm").vectors == 0)
 
 
+async def test_b8_flood_of_descriptors_leaves_the_loop_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ADD and MEMORY take of the loop's time counts, also where they are refused."""
+    async with serving() as service, attached(service) as agent:
+        loop = asyncio.get_running_loop()
+        monkeypatch.setattr(session(service)._time, "spend", lambda used, now: 0.1)
+        vector = agent.create(0)
+        await agent.add(vector)
+        began = loop.time()
+        await agent.ping()
+        assert loop.time() - began < 0.1  # nobody else is there
+        async with attached(service, hello("other")):
+            with pytest.raises(WireError):
+                await agent.add(vector)
+            began = loop.time()
+            await agent.ping()
+            assert loop.time() - began >= 0.09
+
+
 async def test_b8_eventfds_that_are_never_drained_do_not_spin() -> None:
     async with serving() as service, honest(service) as other, attached(service) as agent:
         vectors = [agent.create(number, index=number) for number in range(64)]
@@ -820,6 +847,27 @@ async def test_client_that_shuts_down_one_direction() -> None:
                         vector = agent.create(0, index=5)
                         await agent.add(vector)
                     await until(lambda: [vm.name for vm in service.server.vms()] == ["honest"])
+
+
+async def test_client_that_has_the_kernel_add_descriptors_to_what_it_sends() -> None:
+    """A socket with SO_PASSPIDFD receives a pidfd with every packet, and the client still has our end too."""
+    async with serving() as service, honest(service):
+        with connected(service) as agent:
+            await _with_pidfds(agent)
+
+
+async def _with_pidfds(agent: Agent) -> None:
+    try:
+        agent._theirs.setsockopt(socket.SOL_SOCKET, 76, 1)  # SO_PASSPIDFD, which Python does not name
+    except OSError:
+        pytest.skip("before Linux 6.5")
+    await agent.hello()
+    await agent.memory()
+    agent.guest.route(5, 0x41)
+    await agent.add(agent.create(0, index=5))
+    agent.obey(await agent.batch())
+    await agent.requests.ended()
+    await until(lambda: not [link for link in descriptors().values() if "pidfd" in link])
 
 
 async def test_client_that_makes_the_buffer_tiny() -> None:
@@ -896,6 +944,28 @@ async def test_closing_what_a_client_sent_stops_nobody(where: str) -> None:
         for each in rest:
             each.close()
         await until(lambda: len(descriptors()) == len(before) - 3)
+
+
+@pytest.mark.parametrize("welcome", [False, True])
+async def test_closing_what_those_sent_who_are_turned_away_unheard_stops_nobody(
+    monkeypatch: pytest.MonkeyPatch, *, welcome: bool
+) -> None:
+    monkeypatch.setattr(server_module, "STRANGERS_MAX", 1)
+    monkeypatch.setattr(server_module, "UNWELCOME_MAX", 1)
+    async with serving() as service, honest(service) as other:
+        if not welcome:
+            service.server.reconfigure(Config(clients=Access()))
+        sock, rest = lingering()
+        first, late = Line(connect(service.address)), Line(connect(service.address))
+        for _ in range(5):
+            late.send(Frame(0, Command.HELLO, encode_hello(hello())), [sock.fileno()] * 2)
+        sock.close()
+        assert await late.ended() == []
+        await is_served(other)
+        for line in (first, late):
+            line.close()
+        for each in rest:
+            each.close()
 
 
 # --- the page ------------------------------------------------------------------------------------------------------
@@ -1003,6 +1073,19 @@ async def test_strangers_that_say_nothing_do_not_keep_others_out_for_ever(monkey
             line.close()
         async with attached(service) as agent:
             await agent.ping()
+
+
+async def test_strangers_who_may_not_attach_keep_nobody_out() -> None:
+    async with serving() as service, honest(service):
+        service.server.reconfigure(Config(clients=Access()))
+        lines = [Line(connect(service.address)) for _ in range(2 * server_module.STRANGERS_MAX)]
+        for line in lines[server_module.UNWELCOME_MAX :]:
+            assert await line.ended() == []
+        service.server.reconfigure(Config())
+        async with attached(service) as agent:
+            await agent.ping()
+        for line in lines:
+            line.close()
 
 
 async def test_agents_that_share_a_batch_socket_harm_themselves_alone() -> None:

@@ -5,6 +5,7 @@ import errno
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -340,6 +341,20 @@ async def test_strangers_are_limited_and_the_attached_notice_nothing(monkeypatch
             await other.ping()
         for stranger in strangers:
             stranger.close()
+
+
+async def test_newcomers_wait_while_too_much_is_being_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    closing = SimpleNamespace(busy=server_module.STRANGERS_MAX)
+    monkeypatch.setattr(server_module, "closer", closing)
+    async with serving() as service:
+        line = Line(connect(service.address))
+        line.send(Frame(0, Command.PING))
+        await asyncio.sleep(0.05)
+        assert line.receive_now() is None
+        assert service.logged("nobody is let in")
+        closing.busy = 0
+        assert (await refused(line)).code is Code.ORDER
+        line.close()
 
 
 async def test_who_leaves_without_a_word_leaves_nothing() -> None:

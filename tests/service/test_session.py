@@ -362,6 +362,31 @@ async def test_agent_without_prepare_is_told_to_catch_and_route_and_then_to_assi
         assert service.server.vms()[0].wakeups == 2
 
 
+@pytest.mark.parametrize("before_the_answer", [False, True])
+async def test_vector_that_is_deassigned_again_and_looks_as_before_is_watched(*, before_the_answer: bool) -> None:
+    """Two wide invalidations at once: the one ends, an event has it assigned, the other ends; all at one generation."""
+    async with serving() as service, attached(service, hello(features=Feature.WIDE)) as agent:
+        vector = await added(agent, state=SlotState.DEASSIGNED | ROUTED)
+        vector.route = agent.guest.route(5, 0x41)
+        agent.ring()
+        await until(lambda: service.server.vms()[0].doorbells == 1)
+        agent.fire(vector)
+        batch = await agent.batch()
+        assert batch.kinds == [Kind.ASSIGN]
+        if before_the_answer:
+            agent.carry_out(batch.operations)
+            agent.store(vector, state=SlotState.DEASSIGNED | ROUTED, ring=True)
+            await until(lambda: service.server.vms()[0].doorbells == 2)
+            agent.answer(batch, 0)
+        else:
+            agent.obey(batch)
+            await turns()
+            agent.store(vector, state=SlotState.DEASSIGNED | ROUTED, ring=True)
+            await until(lambda: service.server.vms()[0].doorbells == 2)
+        agent.fire(vector)
+        assert (await agent.batch()).kinds == [Kind.ASSIGN]
+
+
 async def test_catch_that_came_too_late_is_no_reason_to_spin() -> None:
     async with serving() as service, attached(service, hello(features=Feature(0))) as agent:
         agent.guest.route(5, 0x41)
@@ -653,6 +678,14 @@ async def assigned(agent: Agent, count: int) -> list[Vector]:
     return vectors
 
 
+async def test_eventfd_of_a_vector_that_another_vm_has_removed_can_be_added_before_its_doorbell_is_heard() -> None:
+    async with serving() as service, attached(service, hello("one")) as one, attached(service, hello("two")) as two:
+        vector = await added(one)
+        one.free(vector, ring=False)
+        assert await two.add(two.create(3, index=5, fd=vector.fd)) == []
+        assert [vm.vectors for vm in service.server.vms()] == [0, 1]
+
+
 async def test_wide_invalidation_reroutes_what_is_assigned_and_translates() -> None:
     async with serving() as service, attached(service) as agent:
         vectors = await assigned(agent, 6)
@@ -928,6 +961,36 @@ async def test_counters_in_the_page_are_no_change() -> None:
         agent.ring()
         await turns()
         assert agent.no_batch()
+
+
+async def test_prepared_flag_that_is_taken_back_without_a_reason_is_looked_at() -> None:
+    """The slot is then what it was when it was looked at last."""
+    async with serving() as service, attached(service) as agent:
+        agent.guest.route(5, 0x41)
+        vector = await added(agent)
+        agent.ring()
+        await until(lambda: service.server.vms()[0].doorbells == 1)
+        agent.obey(await agent.batch())
+        await turns()
+        agent.store(vector, state=SlotState.DEASSIGNED, ring=True)
+        assert (await agent.batch()).kinds == [Kind.PREPARE]
+
+
+@pytest.mark.parametrize("features", [Feature.PREPARE, Feature(0)])
+async def test_answer_that_the_page_contradicts_is_no_reason_to_spin(features: Feature) -> None:
+    async with serving() as service, attached(service, hello(features=features)) as agent:
+        loop = asyncio.get_running_loop()
+        agent.guest.route(5, 0x41)
+        vector = await added(agent)
+        os.eventfd_write(vector.fd, 1)
+        for count in range(6):
+            batch = await agent.batch()
+            began = loop.time()
+            agent.answer(batch, errno.ESTALE, *[errno.ECANCELED] * (len(batch.operations) - 1))
+            await until(lambda: not agent.no_batch())
+            assert loop.time() - began >= 0.001 * 2**count * 0.9
+        agent.obey(await agent.batch())
+        assert len(agent.delivered) == 1
 
 
 async def test_prepared_flag_that_is_taken_back_is_looked_at() -> None:

@@ -25,6 +25,8 @@ def test_log_lines_beyond_the_share_are_counted(clock: Clock) -> None:
     clock.now += 1
     assert share.take()
     assert (share.forget_suppressed(), share.forget_suppressed()) == (3, 0)
+    more = LogShare(9)
+    assert sum(more.take() for _ in range(20)) == 9
 
 
 def test_frames_beyond_the_share_wait_until_the_second_is_over(clock: Clock) -> None:
