@@ -10,7 +10,7 @@
  *   sets up a device's MSI-X table entry    irqrouter_agent_add(), then irqrouter_agent_program()
  *   masks, unmasks an entry                 irqrouter_agent_mask(), irqrouter_agent_unmask()
  *   GCMD.SIRTP, GCMD.IRE                    irqrouter_agent_set_registers(), before GSTS shows it
- *   an iec_inv_dsc in the queue             irqrouter_agent_invalidate(), before the wait descriptor's status is written
+ *   an iec_inv_dsc in the queue             irqrouter_agent_invalidate(), before the wait descriptor's status is set
  *   its I/OAPIC pins                        irqrouter_agent_set_foreign_routes()
  *
  *   irqrouter serve --socket /tmp/agent.socket --admin-socket /tmp/admin.socket &
@@ -472,7 +472,7 @@ static void break_one(struct vmm *vmm)
 		       (unsigned int)(vmm->fault_high & 7));
 }
 
-/* For those who want to look: irqrouter status, top, trace. Devices 0 to 4 go on firing, and device 0 moves each second. */
+/* For those who want to look: irqrouter status, top, trace. Devices 0 to 4 go on firing, device 0 moves each second. */
 static void stay(struct vmm *vmm)
 {
 	struct pollfd input = {.fd = STDIN_FILENO, .events = POLLIN};

@@ -79,7 +79,7 @@
 #define HARVEST_MAX 256
 /* Frames taken from one socket before other things get their turn. */
 #define FRAMES_PER_TURN 32
-/* Invalidations that follow one another within the pause are a run; the service hears of it at its end, or after this. */
+/* Invalidations that follow one another within the pause are a run; the service hears of it at its end, or by then. */
 #define RUN_PAUSE (200 * 1000ll)
 #define RUN_MAX (2 * MS)
 
@@ -98,7 +98,8 @@ static void futex_wait(_Atomic uint32_t *word, uint32_t seen, uint32_t bits, int
 {
 	struct timespec ts = {.tv_sec = deadline / SECOND, .tv_nsec = deadline % SECOND};
 
-	syscall(SYS_futex, word, FUTEX_WAIT_BITSET | FUTEX_PRIVATE_FLAG, seen, deadline == FOREVER ? NULL : &ts, NULL, bits);
+	syscall(SYS_futex, word, FUTEX_WAIT_BITSET | FUTEX_PRIVATE_FLAG, seen, deadline == FOREVER ? NULL : &ts, NULL,
+		bits);
 }
 
 static void futex_wake(_Atomic uint32_t *word, uint32_t bits)
@@ -301,7 +302,7 @@ struct vector {
 	bool level;
 	bool in_service; /* level: delivered, and no EOI yet */
 	uint8_t in_service_vector;
-	/* The last ASSIGN found something pending, which KVM injects from a work queue: no table write waits for that. */
+	/* The last ASSIGN found something pending, which KVM injects from a work queue: no table write waits for it. */
 	bool discarded_last;
 	bool prepared;
 	bool in_epoll;
@@ -385,12 +386,12 @@ struct connection {
 	uint16_t next_id;
 	uint8_t ids[65536];
 	bool broken;	   /* a send failed: the agent's thread ends it */
-	bool want_out;	   /* the request socket was full */
+	bool want_out;	   /* what the agent's thread has to send found no room: it tries again soon */
 	bool memory_sent;
 	uint32_t outstanding; /* replayed frames without a reply */
 	uint32_t replay_next;
 	bool breaker_open, ping_sent;
-	uint32_t request_events, batch_events;
+	uint32_t batch_events;
 	int64_t since;
 	/* A BATCH reply that did not fit into the socket: the next BATCH is read when it has gone. */
 	uint32_t reply_size;
@@ -544,11 +545,17 @@ static bool is_routed(const struct vector *vector)
 	return vector->accepted_generation == vector->generation;
 }
 
+static bool is_there(const struct vector *vector)
+{
+	return vector->state != FREE && vector->state != REMOVED;
+}
+
 static uint8_t page_state(const struct vector *vector)
 {
-	if (vector->state == FREE || vector->state == REMOVED)
+	if (!is_there(vector))
 		return FREE;
-	return (uint8_t)(vector->state | (vector->prepared ? PAGE_PREPARED : 0) | (is_routed(vector) ? PAGE_ROUTED : 0));
+	return (uint8_t)(vector->state | (vector->prepared ? PAGE_PREPARED : 0) |
+			 (is_routed(vector) ? PAGE_ROUTED : 0));
 }
 
 /* Everything that a generation covers, then the generation. */
@@ -652,8 +659,8 @@ static void end_run(struct irqrouter_agent *agent)
 
 enum happening {
 	INVALIDATED,
-	WIDENED,      /* the same, by an invalidation of many that has not ended: what is assigned may get a route by then */
-	ROUTE_MISSED, /* and got none */
+	WIDENED,      /* the same, by an invalidation of many that has not ended: what is assigned may get a route */
+	ROUTE_MISSED, /* and got none until it ended */
 	GOT_MASKED,
 	UNMASKED,
 	PROGRAMMED,
@@ -767,7 +774,7 @@ static struct vector *find(struct irqrouter_agent *agent, uint32_t number)
 {
 	struct vector *vector = number < agent->slots_used ? &agent->vectors[number] : NULL;
 
-	return vector && vector->state != FREE && vector->state != REMOVED ? vector : NULL;
+	return vector && is_there(vector) ? vector : NULL;
 }
 
 static struct vector *known(struct irqrouter_agent *agent, const struct irqrouter_vector *handle)
@@ -892,8 +899,8 @@ static void free_gsi(struct routes *routes, uint32_t gsi)
 }
 
 /*
- * KVM injects at once through a route to one local APIC. Others may be deferred to a work queue, for which a table write
- * does not wait: only deassigning does. A guess on the safe side, as 255 is no broadcast for an x2APIC.
+ * KVM injects at once through a route to one local APIC. Others may be deferred to a work queue, for which a table
+ * write does not wait: only deassigning does. A guess on the safe side, as 255 is no broadcast for an x2APIC.
  */
 static bool single_destination(const struct message *message)
 {
@@ -1059,10 +1066,11 @@ static void begin_deassigns_anew(struct irqrouter_agent *agent, const struct sco
 	}
 }
 
-/* Those begun up to `limit` whose irqfd had a cookie in the range: vectors that were removed, or have another by now. */
-static int finish_deassigns_of(struct irqrouter_agent *agent, const struct scope *scope, uint64_t limit)
+/* Those begun so far whose irqfd had a cookie in the range: vectors that were removed, or have another by now. */
+static int finish_deassigns_of(struct irqrouter_agent *agent, const struct scope *scope)
 {
 	struct vector *vector = agent->deassigning;
+	uint64_t limit = agent->deassign_orders;
 	int failure = 0;
 
 	while (vector) {
@@ -1167,7 +1175,6 @@ static void refuse_route(struct irqrouter_agent *agent, const struct change *cha
 	if (refused) {
 		route->want = route->have;
 		route->wanted = route->accepted;
-		route->foreign = route->foreign && route->want;
 	}
 	compare_route(routes, change->gsi);
 	if (!refused || !route->owner || route->owner->state == REMOVED)
@@ -1220,8 +1227,11 @@ static int write_changes(struct irqrouter_agent *agent)
 	unlock(agent);
 	if (!count)
 		return 0;
-	for (i = 0; i < count; i++)
-		edit_image(routes, routes->changes[i].gsi, routes->changes[i].want ? &routes->changes[i].message : NULL);
+	for (i = 0; i < count; i++) {
+		const struct change *change = &routes->changes[i];
+
+		edit_image(routes, change->gsi, change->want ? &change->message : NULL);
+	}
 	error = ioctl(agent->vm_fd, KVM_SET_GSI_ROUTING, routes->image) < 0 ? errno : 0;
 	lock(agent);
 	if (error)
@@ -1234,8 +1244,8 @@ static int write_changes(struct irqrouter_agent *agent)
 
 /*
  * Write the table if it differs from what KVM accepted; 0 or -errno. Without the lock: the write waits for a grace
- * period, a millisecond or more where there are thousands of routes. Nothing depends on the table meanwhile: an irqfd is
- * assigned after its route was accepted, and deassigned before its route is dropped.
+ * period, a millisecond or more where there are thousands of routes. Nothing depends on the table meanwhile: an irqfd
+ * is assigned after its route was accepted, and deassigned before its route is dropped.
  */
 static int write_routes(struct irqrouter_agent *agent)
 {
@@ -1243,7 +1253,7 @@ static int write_routes(struct irqrouter_agent *agent)
 	int error;
 
 	lock(agent);
-	changed = agent->routes.changed_count; /* 0 also means that nobody is writing: what is in doubt is in the list */
+	changed = agent->routes.changed_count; /* 0: nobody is writing either, as what is in doubt is in the list */
 	unlock(agent);
 	if (!changed)
 		return 0;
@@ -1290,7 +1300,7 @@ static int do_catch(struct irqrouter_agent *agent, struct vector *vector, const 
 		return EAGAIN;
 	error = signal_msi(agent, message);
 	if (error) {
-		eventfd_write(vector->fd, 1); /* what had gathered is one event, and a full count could not be written */
+		eventfd_write(vector->fd, 1); /* what had gathered is one event; a full count could not be written */
 		return error;
 	}
 	vector->last_catch_at = now_ns();
@@ -1306,7 +1316,8 @@ static void record(struct irqrouter_agent *agent, const struct vector *vector, c
 	struct irqrouter_vector handle = {vector->number, vector->born};
 
 	if (op->flags & FLAG_RECORD && agent->options.on_fault)
-		agent->options.on_fault(agent->options.opaque, &handle, op->address, (uint64_t)op->tail << 32 | op->data);
+		agent->options.on_fault(agent->options.opaque, &handle, op->address,
+					(uint64_t)op->tail << 32 | op->data);
 }
 
 /* Recorded first, consumed second: who dies between the two has recorded once too often, and lost nothing. */
@@ -1333,6 +1344,14 @@ static int do_set_route(struct irqrouter_agent *agent, struct vector *vector, co
 	return 0;
 }
 
+/* KVM does not take it: the service must know. */
+static void refuse(struct irqrouter_agent *agent, struct vector *vector, int error)
+{
+	vector->refused = (uint8_t)error;
+	publish(agent, vector);
+	ring(agent);
+}
+
 static int do_assign(struct irqrouter_agent *agent, struct vector *vector, bool delivering)
 {
 	int error;
@@ -1346,8 +1365,7 @@ static int do_assign(struct irqrouter_agent *agent, struct vector *vector, bool 
 	error = -kvm_irqfd(agent, vector->fd, vector->gsi, 0);
 	if (error) {
 		/* EBUSY: somebody else's irqfd. What is pending was not injected and must not be discarded. */
-		vector->refused = (uint8_t)error;
-		ring(agent);
+		refuse(agent, vector, error);
 		return error;
 	}
 	agent->stats.assigns++;
@@ -1500,7 +1518,8 @@ static int run_put_off(struct irqrouter_agent *agent, const struct operation *op
 }
 
 /* The errno of a refused write goes to the operations whose routes fell with it. */
-static void blame(struct irqrouter_agent *agent, const struct operation *ops, uint32_t count, uint32_t *errnos, int refused)
+static void blame(struct irqrouter_agent *agent, const struct operation *ops, uint32_t count, uint32_t *errnos,
+		  int refused)
 {
 	uint32_t i;
 
@@ -1519,8 +1538,9 @@ static void blame(struct irqrouter_agent *agent, const struct operation *ops, ui
 	}
 }
 
-/* Carry out what was decided; one errno each. An operation that fails cancels the rest of that vector's, not others'. */
-static void run(struct irqrouter_agent *agent, const struct operation *ops, uint32_t count, uint32_t *errnos, int64_t woken)
+/* Carry out what was decided; one errno each. One that fails cancels the rest of that vector's, not others'. */
+static void run(struct irqrouter_agent *agent, const struct operation *ops, uint32_t count, uint32_t *errnos,
+		int64_t woken)
 {
 	uint8_t marks[SLOTS_MAX + 1] = {0};
 	int refused, error;
@@ -1539,9 +1559,7 @@ static void run(struct irqrouter_agent *agent, const struct operation *ops, uint
 static void fail_prepared(struct irqrouter_agent *agent, struct vector *vector, int error)
 {
 	vector->prepared = false;
-	vector->refused = (uint8_t)error;
-	publish(agent, vector);
-	ring(agent);
+	refuse(agent, vector, error);
 }
 
 /* Armed again at the end of the turn, after the table was written. */
@@ -1575,11 +1593,8 @@ static int serve(struct irqrouter_agent *agent, struct vector *vector, int64_t w
 {
 	int error = attend(agent, vector, woken);
 
-	if (error && error != EAGAIN && error != EBUSY) {
-		fail_prepared(agent, vector, error);
-		return error;
-	}
-	if (error == EBUSY && !vector->in_service) { /* somebody else's irqfd: deliver by catching from now on */
+	/* EBUSY: in service; or somebody else's irqfd, then events are caught from now on. */
+	if (error && error != EAGAIN && !(error == EBUSY && vector->in_service)) {
 		fail_prepared(agent, vector, error);
 		return error;
 	}
@@ -1711,7 +1726,11 @@ static int receive_frame(struct irqrouter_agent *agent, int from, int *fd)
 	} control;
 	struct iovec iov = {agent->frame, FRAME_MAX};
 	struct msghdr message = {
-		.msg_iov = &iov, .msg_iovlen = 1, .msg_control = control.bytes, .msg_controllen = sizeof(control.bytes)};
+		.msg_iov = &iov,
+		.msg_iovlen = 1,
+		.msg_control = control.bytes,
+		.msg_controllen = sizeof(control.bytes),
+	};
 	ssize_t length = recvmsg(from, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
 	uint32_t descriptors;
 
@@ -1751,7 +1770,9 @@ static bool is_operation(const struct operation *op, uint16_t command)
 		return false;
 	if (command == TRANSLATE ? op->kind != MISS : op->kind < SET_ROUTE || op->kind > PREPARE)
 		return false;
-	if (command != TRANSLATE && command != BATCH && op->kind != SET_ROUTE && op->kind != ASSIGN)
+	if (command == INVALIDATE && op->kind != SET_ROUTE)
+		return false;
+	if (command == ADD && op->kind != SET_ROUTE && op->kind != ASSIGN)
 		return false;
 	if (op->kind == CATCH_FAULT)
 		return true;
@@ -1786,14 +1807,20 @@ static int take_id(struct connection *connection, uint8_t what, uint16_t *id)
 			return 0;
 		}
 	}
-	connection->broken = true; /* every id is burnt: begin anew */
-	return -ENOTCONN;
+	return -ENOTCONN; /* every id is burnt */
 }
 
 static void free_id(struct connection *connection, uint16_t id)
 {
 	connection->ids[id] = ID_FREE;
 	connection->unanswered--;
+}
+
+/* The agent's thread ends the connection, and begins anew: the next one is told everything. */
+static void break_connection(struct irqrouter_agent *agent)
+{
+	agent->connection.broken = true;
+	wake_agent(agent);
 }
 
 static int send_command(struct irqrouter_agent *agent, uint8_t what, uint16_t *id, const void *payload, size_t size,
@@ -1803,17 +1830,16 @@ static int send_command(struct irqrouter_agent *agent, uint8_t what, uint16_t *i
 	struct header header = {.command = what & ID_COMMAND, .size = (uint32_t)(sizeof(header) + size)};
 	int error = connection->broken ? -ENOTCONN : take_id(connection, what, id);
 
-	if (error)
-		return error;
-	header.id = *id;
-	error = send_frame(connection->request_fd, &header, payload, fds, fd_count);
-	if (!error)
-		return 0;
-	free_id(connection, *id);
+	if (!error) {
+		header.id = *id;
+		error = send_frame(connection->request_fd, &header, payload, fds, fd_count);
+		if (!error)
+			return 0;
+		free_id(connection, *id);
+	}
 	if (error == -EAGAIN || error == -ENOBUFS || error == -ENOMEM || error == -ETOOMANYREFS)
 		return -EAGAIN;
-	connection->broken = true;
-	wake_agent(agent);
+	break_connection(agent);
 	return -ENOTCONN;
 }
 
@@ -1870,7 +1896,10 @@ static int await_reply(struct irqrouter_agent *agent, struct request *request, i
 	*find_request(agent, request) = request->next;
 	agent->connection.ids[request->id] |= ID_BURNT;
 	agent->stats.timeouts++;
-	open_breaker(agent);
+	if (request->command == INVALIDATE)
+		open_breaker(agent);
+	else
+		break_connection(agent); /* it may have heard, and wait for what was decided to be carried out */
 	return -ETIMEDOUT;
 }
 
@@ -1911,23 +1940,31 @@ static int take_reply(struct request **link, const unsigned char *frame)
 #define FROM_BELL (4ull << 60)
 #define FROM_MASK (7ull << 60)
 
-static void watch_sockets(struct irqrouter_agent *agent, int operation)
+static int watch(struct irqrouter_agent *agent, int operation, int fd, uint32_t events, uint64_t from)
+{
+	struct epoll_event event = {.events = events, .data.u64 = from | agent->connection.number};
+
+	return epoll_ctl(agent->epoll_fd, operation, fd, &event) ? -errno : 0;
+}
+
+static int watch_sockets(struct irqrouter_agent *agent)
 {
 	struct connection *connection = &agent->connection;
-	uint32_t request_events = EPOLLIN | (connection->want_out ? EPOLLOUT : 0);
-	uint32_t batch_events = connection->reply_size ? EPOLLOUT : EPOLLIN;
-	struct epoll_event event;
+	int error = watch(agent, EPOLL_CTL_ADD, connection->request_fd, EPOLLIN, FROM_REQUEST);
 
-	if (operation == EPOLL_CTL_ADD || request_events != connection->request_events) {
-		event = (struct epoll_event){request_events, {.u64 = FROM_REQUEST | connection->number}};
-		epoll_ctl(agent->epoll_fd, operation, connection->request_fd, &event);
-	}
-	if (operation == EPOLL_CTL_ADD || batch_events != connection->batch_events) {
-		event = (struct epoll_event){batch_events, {.u64 = FROM_BATCH | connection->number}};
-		epoll_ctl(agent->epoll_fd, operation, connection->batch_fd, &event);
-	}
-	connection->request_events = request_events;
-	connection->batch_events = batch_events;
+	connection->batch_events = EPOLLIN;
+	return error ? error : watch(agent, EPOLL_CTL_ADD, connection->batch_fd, EPOLLIN, FROM_BATCH);
+}
+
+/* No batch is read while the reply to the one before waits for room. */
+static void watch_batches(struct irqrouter_agent *agent)
+{
+	struct connection *connection = &agent->connection;
+	uint32_t events = connection->reply_size ? EPOLLOUT : EPOLLIN;
+
+	if (events != connection->batch_events)
+		watch(agent, EPOLL_CTL_MOD, connection->batch_fd, events, FROM_BATCH);
+	connection->batch_events = events;
 }
 
 static void unmap_page(struct irqrouter_agent *agent)
@@ -1975,7 +2012,8 @@ static void drop_connection(struct irqrouter_agent *agent, const char *why)
 	unlock(agent);
 	/* Not each attempt of many. */
 	if (was_ready || !agent->told)
-		say(agent, "%s: %s: %s", agent->address.sun_path, was_ready ? "the service is lost" : "no service", why);
+		say(agent, "%s: %s: %s", agent->address.sun_path, was_ready ? "the service is lost" : "no service",
+		    why);
 	agent->told = true;
 }
 
@@ -1991,21 +2029,28 @@ static void fail_connection(struct irqrouter_agent *agent, int error)
 	}
 }
 
-static int open_sockets(struct irqrouter_agent *agent, struct connection *connection, int *service_end)
+/* What a connection begins with. */
+struct sockets {
+	int request, batch, service_end, doorbell;
+};
+
+/* Without the lock: to find the listening socket its path is looked up, on whatever file system that is. */
+static int open_sockets(const struct irqrouter_agent *agent, struct sockets *sockets)
 {
 	int pair[2];
 
-	connection->request_fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-	if (connection->request_fd < 0 ||
-	    connect(connection->request_fd, (struct sockaddr *)&agent->address, sizeof(agent->address)))
+	*sockets = (struct sockets){-1, -1, -1, -1};
+	sockets->request = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+	if (sockets->request < 0 ||
+	    connect(sockets->request, (const struct sockaddr *)&agent->address, sizeof(agent->address)))
 		return -errno;
 	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, pair))
 		return -errno;
-	connection->batch_fd = pair[0];
-	*service_end = pair[1];
-	/* A new one each time: a service that was stopped, and runs again, must not take what rings for its successor. */
-	connection->doorbell_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-	return connection->doorbell_fd < 0 ? -errno : 0;
+	sockets->batch = pair[0];
+	sockets->service_end = pair[1];
+	/* A new one each time: a service that was stopped, and runs again, must not take its successor's rings. */
+	sockets->doorbell = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+	return sockets->doorbell < 0 ? -errno : 0;
 }
 
 static int send_hello(struct irqrouter_agent *agent, int service_end)
@@ -2030,10 +2075,13 @@ static int send_hello(struct irqrouter_agent *agent, int service_end)
 static void begin_connection(struct irqrouter_agent *agent)
 {
 	struct connection *connection = &agent->connection;
-	int service_end = -1;
-	int error;
+	struct sockets sockets;
+	int error = open_sockets(agent, &sockets);
 
 	lock(agent);
+	connection->request_fd = sockets.request;
+	connection->batch_fd = sockets.batch;
+	connection->doorbell_fd = sockets.doorbell;
 	connection->number++;
 	connection->state = GREETING;
 	connection->since = now_ns();
@@ -2041,13 +2089,12 @@ static void begin_connection(struct irqrouter_agent *agent)
 	connection->broken = connection->want_out = connection->memory_sent = false;
 	connection->breaker_open = connection->ping_sent = false;
 	memset(connection->ids, ID_FREE, sizeof(connection->ids));
-	error = open_sockets(agent, connection, &service_end);
 	if (!error)
-		error = send_hello(agent, service_end);
+		error = send_hello(agent, sockets.service_end);
 	if (!error)
-		watch_sockets(agent, EPOLL_CTL_ADD);
-	close_fd(&service_end);
+		error = watch_sockets(agent);
 	unlock(agent);
+	close_fd(&sockets.service_end);
 	if (error)
 		drop_connection(agent, strerror(-error));
 }
@@ -2216,7 +2263,7 @@ static int replay(struct irqrouter_agent *agent)
 		result = replay_next(agent);
 		connection->outstanding += result > 0;
 	}
-	/* Full: go on when there is room, or when a reply says that descriptors are no longer in flight. */
+	/* Full: go on when a reply says that there is room, or that descriptors are no longer in flight. */
 	connection->want_out = result == -EAGAIN && !connection->outstanding;
 	if (result < 0 && result != -EAGAIN)
 		return result;
@@ -2230,7 +2277,7 @@ static int replay(struct irqrouter_agent *agent)
 	return 0;
 }
 
-/* A PING is out as long as the breaker is open; when it cannot be sent, then as soon as there is room. */
+/* A PING is out as long as the breaker is open; when it cannot be sent, then later. */
 static int ping(struct irqrouter_agent *agent)
 {
 	struct connection *connection = &agent->connection;
@@ -2255,6 +2302,10 @@ static const char *error_text(const unsigned char *frame, char *text, size_t siz
 		length = length - 8 < size - 1 ? length - 8 : size - 1;
 		memcpy(text, frame + sizeof(*header) + 8, length);
 		text[length] = 0;
+	}
+	for (length = 0; text[length]; length++) { /* it is to be one line of the VMM's log */
+		if ((unsigned char)text[length] < ' ' || text[length] == 0x7f)
+			text[length] = '?';
 	}
 	return text;
 }
@@ -2282,18 +2333,16 @@ static int take_own_reply(struct irqrouter_agent *agent, uint8_t what, int fd)
 	}
 }
 
-/* A reply that came after its deadline is never carried out. But that the service refused a vector matters. */
-static int take_late_reply(struct irqrouter_agent *agent, uint8_t what)
+/* A reply that came after its deadline is never carried out. */
+static void take_late_reply(struct irqrouter_agent *agent)
 {
 	const struct header *header = (const struct header *)agent->frame;
-	uint8_t command = what & ID_COMMAND;
 
-	if (!(header->flags & FLAG_MORE)) {
-		agent->stats.late++;
-		agent->connection.unanswered--;
-		agent->connection.ids[header->id] = ID_SPENT;
-	}
-	return header->error && (command == ADD || command == MEMORY) ? -ECONNREFUSED : 0;
+	if (header->flags & FLAG_MORE)
+		return;
+	agent->stats.late++;
+	agent->connection.unanswered--;
+	agent->connection.ids[header->id] = ID_SPENT;
 }
 
 static int take_request_frame(struct irqrouter_agent *agent, int fd)
@@ -2302,21 +2351,21 @@ static int take_request_frame(struct irqrouter_agent *agent, int fd)
 	struct connection *connection = &agent->connection;
 	uint8_t what = connection->ids[header->id];
 	struct request **link = &agent->requests;
-	int error;
 
-	if (!(header->flags & FLAG_REPLY) || !what || (what & ID_COMMAND) != header->command ||
+	if (!(header->flags & FLAG_REPLY) || !(what & ID_COMMAND) || (what & ID_COMMAND) != header->command ||
 	    (fd >= 0 && header->command != HELLO))
 		return -EBADMSG;
-	if (what & ID_BURNT)
-		return take_late_reply(agent, what);
+	if (what & ID_BURNT) {
+		take_late_reply(agent);
+		return 0;
+	}
 	if (!(header->flags & FLAG_MORE))
 		free_id(connection, header->id);
 	if (what & ID_REPLAYED)
 		return take_own_reply(agent, what, fd);
 	while (*link && (*link)->id != header->id)
 		link = &(*link)->next;
-	error = *link ? take_reply(link, agent->frame) : -EBADMSG;
-	return error;
+	return *link ? take_reply(link, agent->frame) : -EBADMSG;
 }
 
 static void read_requests(struct irqrouter_agent *agent)
@@ -2358,7 +2407,7 @@ static void pump(struct irqrouter_agent *agent)
 	else if (connection->state == READY)
 		error = ping(agent);
 	if (!error && connection->state != APART)
-		watch_sockets(agent, EPOLL_CTL_MOD);
+		watch_batches(agent);
 	unlock(agent);
 	if (error) {
 		drop_connection(agent, strerror(-error));
@@ -2373,8 +2422,8 @@ static void pump(struct irqrouter_agent *agent)
 static void send_batch_reply(struct irqrouter_agent *agent)
 {
 	struct connection *connection = &agent->connection;
-	int error = send_frame(connection->batch_fd, (struct header *)agent->reply, agent->reply + sizeof(struct header),
-			       NULL, 0);
+	const struct header *header = (const struct header *)agent->reply;
+	int error = send_frame(connection->batch_fd, header, header + 1, NULL, 0);
 
 	if (error == -EAGAIN)
 		return; /* reply_size says that it waits */
@@ -2428,7 +2477,8 @@ static struct operation translate(struct irqrouter_agent *agent, const struct op
 	message = vector->message;
 	requester = vector->requester;
 	unlock(agent);
-	outcome = agent->options.translate(agent->options.opaque, &handle, message.address, message.data, requester, &found);
+	outcome = agent->options.translate(agent->options.opaque, &handle, message.address, message.data, requester,
+					   &found);
 	if (outcome == IRQROUTER_MESSAGE) {
 		answer.kind = UPDATE;
 		answer.address = found.address;
@@ -2507,7 +2557,7 @@ static void handle_event(struct irqrouter_agent *agent, const struct epoll_event
 	} else if ((what & ~FROM_MASK) == agent->connection.number && agent->connection.state != APART) {
 		if ((what & FROM_MASK) == FROM_BATCH)
 			read_batches(agent);
-		else if (event->events & ~(uint32_t)EPOLLOUT)
+		else
 			read_requests(agent);
 	}
 }
@@ -2529,6 +2579,8 @@ static int64_t next_deadline(const struct irqrouter_agent *agent)
 
 	if (connection->state == APART)
 		return agent->retry_at;
+	if (connection->want_out)
+		return now_ns() + BACK_OFF_MIN;
 	return connection->state == GREETING ? connection->since + HELLO_DEADLINE : FOREVER;
 }
 
@@ -2703,12 +2755,13 @@ static uint64_t begin_removal(struct irqrouter_agent *agent, struct vector *vect
 	return order;
 }
 
-/* Let go of what a removed vector held. */
+/* Let go of what a removed vector held; but a GSI that KVM has kept an irqfd for must never be another vector's. */
 static void release(struct irqrouter_agent *agent, struct vector *vector)
 {
-	end_deassign(agent, vector);
 	drop_route(&agent->routes, vector->gsi);
-	free_gsi(&agent->routes, vector->gsi);
+	if (!vector->deassigning)
+		free_gsi(&agent->routes, vector->gsi);
+	end_deassign(agent, vector);
 	close_eventfd(agent, vector);
 	agent->identities[vector->number] = 0;
 	agent->level_count -= vector->level;
@@ -2725,26 +2778,11 @@ static struct vector *vector_of(struct irqrouter_agent *agent, const struct irqr
 	return vector && vector->born == handle->born && vector->state != FREE ? vector : NULL;
 }
 
-static int finish_removals(struct irqrouter_agent *agent, const struct irqrouter_vector *handles, size_t count)
-{
-	int failure = 0;
-	size_t i;
-
-	for (i = 0; i < count; i++) {
-		struct vector *vector = vector_of(agent, &handles[i]);
-		int error = vector ? finish_deassign(agent, vector, on_its_way(vector)) : 0;
-
-		failure = error ? error : failure;
-		give_way(agent);
-	}
-	return failure;
-}
-
 /* Remove those that are still there: the irqfds go before the routes do, which go with one table write. */
 static int remove_all(struct irqrouter_agent *agent, const struct irqrouter_vector *handles, size_t count)
 {
 	uint64_t token;
-	int failure;
+	int failure = 0;
 	size_t i;
 
 	lock(agent);
@@ -2756,10 +2794,12 @@ static int remove_all(struct irqrouter_agent *agent, const struct irqrouter_vect
 			begin_removal(agent, vector, token);
 		give_way(agent);
 	}
-	failure = finish_removals(agent, handles, count);
 	for (i = 0; i < count; i++) {
 		struct vector *vector = vector_of(agent, &handles[i]);
+		int error = vector ? finish_deassign(agent, vector, on_its_way(vector)) : 0;
 
+		failure = error ? error : failure;
+		vector = vector_of(agent, &handles[i]); /* still: others may remove the same */
 		if (vector && vector->state == REMOVED && vector->removed_by == token)
 			release(agent, vector);
 		give_way(agent);
@@ -2813,38 +2853,45 @@ static void free_addition(struct addition *addition)
 	free(addition->errnos);
 }
 
-/* The vectors of one frame, as a frame. */
-static void gather(struct irqrouter_agent *agent, const struct addition *addition, uint32_t frame, struct adding *adding)
+/* The vectors of one frame, as a frame; but for those that a replay has told the service of, or that were removed. */
+static void gather(struct irqrouter_agent *agent, const struct addition *addition, uint32_t frame,
+		   struct adding *adding)
 {
 	size_t i = (size_t)frame * DESCRIPTORS_MAX;
 	size_t end = i + DESCRIPTORS_MAX < addition->count ? i + DESCRIPTORS_MAX : addition->count;
 
 	adding->payload.counted = (struct counted){0, 0};
-	for (; i < end; i++)
-		put_added(adding, &agent->vectors[addition->adopted[i].handle.number], FLAG_NEW);
+	for (; i < end; i++) {
+		const struct vector *vector = known(agent, &addition->adopted[i].handle);
+
+		if (vector && vector->announced != agent->connection.number)
+			put_added(adding, vector, FLAG_NEW);
+	}
 }
 
 /* Send one ADD frame, waiting for room if there is none. The lock is held, and given up meanwhile. */
-static void send_adding(struct irqrouter_agent *agent, const struct addition *addition, uint32_t frame, int64_t deadline)
+static void send_adding(struct irqrouter_agent *agent, const struct addition *addition, uint32_t frame,
+			int64_t deadline)
 {
 	uint64_t connection = agent->connection.number;
 	struct request *request = &addition->requests[frame];
 	struct adding adding;
-	int error = 0;
+	int error;
 
 	*request = (struct request){.command = ADD, .capacity = OPS_PER_FRAME};
 	request->ops = addition->ops + (size_t)frame * OPS_PER_FRAME;
-	gather(agent, addition, frame, &adding);
 	while (agent->connection.state == READY && agent->connection.number == connection) {
+		gather(agent, addition, frame, &adding);
+		if (!adding.payload.counted.count)
+			return;
 		error = send_request(agent, request, &adding.payload, adding_size(&adding), adding.fds,
 				     adding.payload.counted.count);
 		if (!error)
 			mark_announced(agent, &adding);
 		if (error != -EAGAIN)
 			return;
-		if (now_ns() >= deadline) { /* nobody else would tell the service: begin anew, which replays */
-			agent->connection.broken = true;
-			wake_agent(agent);
+		if (now_ns() >= deadline) { /* nobody else would tell the service */
+			break_connection(agent);
 			return;
 		}
 		wait_for(agent, &agent->connected, now_ns() + MS);
@@ -3019,14 +3066,12 @@ int irqrouter_agent_program(struct irqrouter_agent *agent, const struct irqroute
 struct invalidation {
 	struct scope scope;
 	struct entry *entries;
-	struct operation *ops;
 	uint32_t capacity, count;
 	uint32_t touched;
 	bool wide, starved;
 	uint64_t waited_ns; /* for the service */
 	struct scratch *scratch;
 	struct entry few_entries[STACK_ENTRIES];
-	struct operation few_ops[STACK_ENTRIES];
 };
 
 static struct scratch *make_scratch(uint32_t slots)
@@ -3072,7 +3117,6 @@ static void get_scratch(struct irqrouter_agent *agent, struct invalidation *inva
 	agent->pool = scratch->next;
 	invalidation->scratch = scratch;
 	invalidation->entries = scratch->entries;
-	invalidation->ops = scratch->ops;
 	invalidation->capacity = agent->slots;
 }
 
@@ -3137,13 +3181,17 @@ static struct vector *entry_vector(const struct entry *entry)
 {
 	struct vector *vector = entry->vector;
 
-	return vector->born == entry->born && vector->state != FREE && vector->state != REMOVED ? vector : NULL;
+	return vector->born == entry->born && is_there(vector) ? vector : NULL;
+}
+
+static bool is_heard(const struct irqrouter_agent *agent)
+{
+	return agent->connection.state == READY && !agent->connection.breaker_open;
 }
 
 /* Whether the service is to be asked: if more irqfds would go than we take away at once. */
 static bool wants_wide(struct irqrouter_agent *agent, const struct invalidation *invalidation)
 {
-	const struct connection *connection = &agent->connection;
 	uint32_t i, assigned = 0;
 
 	for (i = 0; i < invalidation->count; i++) {
@@ -3153,15 +3201,19 @@ static bool wants_wide(struct irqrouter_agent *agent, const struct invalidation 
 	}
 	if (assigned <= agent->few || agent->remapper == IRQROUTER_REMAPPER_VMM)
 		return false;
-	if (connection->state == READY && !connection->breaker_open && connection->features & FEATURE_WIDE)
+	if (is_heard(agent) && agent->connection.features & FEATURE_WIDE)
 		return true;
 	agent->stats.fallbacks++;
 	return false;
 }
 
-static bool is_heard(const struct irqrouter_agent *agent)
+/* False: it takes more memory. A reply may be about vectors that came to match only now, so it has room for all. */
+static bool begin(struct irqrouter_agent *agent, struct invalidation *invalidation)
 {
-	return agent->connection.state == READY && !agent->connection.breaker_open;
+	if (!collect(agent, invalidation))
+		return false;
+	invalidation->wide = wants_wide(agent, invalidation);
+	return !invalidation->wide || invalidation->scratch;
 }
 
 static void renew(struct irqrouter_agent *agent, struct invalidation *invalidation, struct entry *entry)
@@ -3226,8 +3278,7 @@ static void set_routes(struct irqrouter_agent *agent, const struct request *requ
 	uint32_t i;
 
 	for (i = 0; i < request->count; i++) {
-		if (request->ops[i].kind == SET_ROUTE)
-			run_one(agent, &request->ops[i], 0);
+		run_one(agent, &request->ops[i], 0);
 		give_way(agent);
 	}
 }
@@ -3299,13 +3350,13 @@ static int finish_wide(struct irqrouter_agent *agent, struct invalidation *inval
 /* Never waits. The lock is held. */
 static void ask_wide(struct irqrouter_agent *agent, struct invalidation *invalidation, struct request *request)
 {
-	*request = (struct request){.command = INVALIDATE, .ops = invalidation->ops, .capacity = invalidation->capacity};
+	*request = (struct request){.command = INVALIDATE, .ops = invalidation->scratch->ops, .capacity = agent->slots};
 	agent->stats.wide++;
 	if (send_request(agent, request, &invalidation->scope, sizeof(invalidation->scope), NULL, 0) == -EAGAIN)
 		open_breaker(agent); /* its socket is full: it does not read */
 }
 
-/* Vectors that kept losing the race: let the service, which has been rung, catch their events before others renew them. */
+/* Vectors that kept losing the race: let the service, which was rung, catch their events before others renew them. */
 static void wait_for_starved(struct irqrouter_agent *agent, struct invalidation *invalidation)
 {
 	int64_t deadline = now_ns() + STARVED_WAIT;
@@ -3318,8 +3369,8 @@ static void wait_for_starved(struct irqrouter_agent *agent, struct invalidation 
 
 		if (!entry->starved)
 			continue;
-		while ((vector = entry_vector(entry)) && vector->state == DEASSIGNED && vector->lost_races >= PATIENCE &&
-		       is_heard(agent) && now_ns() < deadline)
+		while ((vector = entry_vector(entry)) && vector->state == DEASSIGNED &&
+		       vector->lost_races >= PATIENCE && is_heard(agent) && now_ns() < deadline)
 			wait_for(agent, &agent->served, deadline);
 		if (vector)
 			vector->lost_races = 0; /* waited for once; it must lose some more to be waited for again */
@@ -3329,19 +3380,16 @@ static void wait_for_starved(struct irqrouter_agent *agent, struct invalidation 
 static int invalidate(struct irqrouter_agent *agent, struct invalidation *invalidation)
 {
 	struct request request;
-	uint64_t limit;
 	int failure, error;
 	bool many;
 	uint32_t i;
 
-	while (!collect(agent, invalidation))
+	while (!begin(agent, invalidation))
 		get_scratch(agent, invalidation);
-	invalidation->wide = wants_wide(agent, invalidation);
 	for (i = 0; i < invalidation->count; i++) {
 		renew(agent, invalidation, &invalidation->entries[i]);
 		give_way(agent);
 	}
-	limit = agent->deassign_orders;
 	begin_deassigns_anew(agent, &invalidation->scope);
 	many = invalidation->count > agent->few;
 	if (invalidation->touched && many)
@@ -3351,7 +3399,7 @@ static int invalidate(struct irqrouter_agent *agent, struct invalidation *invali
 	failure = finish_entries(agent, invalidation);
 	error = invalidation->wide ? finish_wide(agent, invalidation, &request) : 0;
 	failure = error ? error : failure;
-	error = finish_deassigns_of(agent, &invalidation->scope, limit);
+	error = finish_deassigns_of(agent, &invalidation->scope); /* also of what was removed while we waited */
 	failure = error ? error : failure;
 	if (invalidation->touched && !many && !invalidation->starved)
 		ring_after_run(agent);
@@ -3372,7 +3420,6 @@ static int invalidate_scope(struct irqrouter_agent *agent, uint32_t first, uint3
 	invalidation.waited_ns = 0;
 	invalidation.scope = (struct scope){first, last};
 	invalidation.entries = invalidation.few_entries;
-	invalidation.ops = invalidation.few_ops;
 	invalidation.capacity = STACK_ENTRIES;
 	invalidation.touched = 0;
 	invalidation.starved = false;
@@ -3424,8 +3471,8 @@ static bool contains(const struct irqrouter_region *region, uintptr_t address)
 }
 
 /*
- * How far one line of /proc/self/maps takes us: the address behind it, or 0 where it is not the region's memory. What is
- * mapped privately has copies of its own of the pages that the guest writes; the service would read others.
+ * How far one line of /proc/self/maps takes us: the address behind it, or 0 where it is not the region's memory. What
+ * is mapped privately has copies of its own of the pages that the guest writes; the service would read others.
  */
 static uintptr_t check_mapping(const char *line, const struct irqrouter_region *region, const struct stat *file,
 			       uintptr_t address)
@@ -3575,11 +3622,8 @@ static int tell_memory(struct irqrouter_agent *agent)
 		error = await_reply(agent, &request, deadline);
 	if (error != -ENOTCONN && error != -ETIMEDOUT && error != -EAGAIN)
 		return error;
-	/* It must not miss it: begin anew, which replays. */
-	if (agent->connection.state != APART && agent->connection.memory_sent && !request.sent) {
-		agent->connection.broken = true;
-		wake_agent(agent);
-	}
+	if (agent->connection.state != APART && agent->connection.memory_sent && !request.sent)
+		break_connection(agent); /* it must not miss it */
 	return 0;
 }
 
@@ -3635,18 +3679,31 @@ static void want_foreign(struct irqrouter_agent *agent, const struct irqrouter_r
 	size_t i;
 
 	for (gsi = 0; gsi < routes->limit; gsi++) {
-		if (routes->by_gsi[gsi].foreign) {
-			routes->by_gsi[gsi].foreign = false;
+		if (routes->by_gsi[gsi].foreign)
 			drop_route(routes, gsi);
-			if (gsi >= routes->first && gsi < routes->maybe_free)
-				routes->maybe_free = gsi;
-		}
 	}
 	for (i = 0; i < count; i++) {
 		struct message message = {wanted[i].address, wanted[i].data};
 
 		routes->by_gsi[wanted[i].gsi].foreign = true;
 		want_route(routes, wanted[i].gsi, &message);
+	}
+}
+
+/* Those that were dropped become free only when KVM has answered: it may refuse, and then they are wanted again. */
+static void free_foreign(struct irqrouter_agent *agent)
+{
+	struct routes *routes = &agent->routes;
+	uint32_t gsi;
+
+	for (gsi = 0; gsi < routes->limit; gsi++) {
+		struct route *route = &routes->by_gsi[gsi];
+
+		if (!route->foreign || route->want)
+			continue;
+		route->foreign = false;
+		if (gsi >= routes->first)
+			free_gsi(routes, gsi);
 	}
 }
 
@@ -3682,15 +3739,16 @@ static int replace_foreign(struct irqrouter_agent *agent, const struct irqrouter
 	if (error)
 		return error;
 	error = write_changes(agent);
-	if (error) {
-		lock(agent);
+	lock(agent);
+	if (error)
 		want_foreign(agent, before, before_count);
-		unlock(agent);
-	}
+	free_foreign(agent);
+	unlock(agent);
 	return error;
 }
 
-int irqrouter_agent_set_foreign_routes(struct irqrouter_agent *agent, const struct irqrouter_route *routes, size_t count)
+int irqrouter_agent_set_foreign_routes(struct irqrouter_agent *agent, const struct irqrouter_route *routes,
+				       size_t count)
 {
 	struct irqrouter_route *before = calloc(agent->routes.limit, sizeof(*before));
 	bool *given = calloc(agent->routes.limit, sizeof(*given));

@@ -46,7 +46,7 @@ enum irqrouter_remapper {
 /* What options.translate found. */
 enum irqrouter_outcome {
 	IRQROUTER_MESSAGE = 0, /* deliver `address`, `data` */
-	IRQROUTER_FAULT = 1,   /* blocked; `low`, `high` is the record, which on_fault gets if an event is blocked by it */
+	IRQROUTER_FAULT = 1,   /* blocked; `low`, `high` is the record, which on_fault gets if that blocks an event */
 };
 
 struct irqrouter_translation {
@@ -82,8 +82,8 @@ struct irqrouter_options {
 	/* Passed to each callback. */
 	void *opaque;
 	/*
-	 * A fault to be put where the VMM keeps them, as hardware would write it. Called with the agent's lock held, before
-	 * the event is consumed, on any thread: it must only store, and call nothing of the agent. May be NULL.
+	 * A fault to be put where the VMM keeps them, as hardware would write it. Called with the agent's lock held,
+	 * before the event is consumed, on any thread: it must only store, and call nothing of the agent. May be NULL.
 	 */
 	void (*on_fault)(void *opaque, const struct irqrouter_vector *vector, uint64_t low, uint64_t high);
 	/*
@@ -140,9 +140,9 @@ IRQROUTER_API int irqrouter_agent_set_memory(struct irqrouter_agent *agent, cons
 					     size_t count);
 
 /*
- * The unit's registers, as the guest has made them. VT-d: `table` is IRTA as SIRTP latched it, `control` bit 0 GSTS.IRES
- * and bit 1 GSTS.CFIS. AMD-Vi: the Device Table Base Address and Control registers. Invalidates everything, and like
- * irqrouter_agent_invalidate() must have returned before the guest may see the change; returns what that does.
+ * The unit's registers, as the guest has made them. VT-d: `table` is IRTA as SIRTP latched it, `control` bit 0
+ * GSTS.IRES and bit 1 GSTS.CFIS. AMD-Vi: the Device Table Base Address and Control registers. Invalidates everything,
+ * and like irqrouter_agent_invalidate() must have returned before the guest may see the change; returns what that does.
  */
 IRQROUTER_API int irqrouter_agent_set_registers(struct irqrouter_agent *agent, uint64_t table, uint64_t control);
 
@@ -180,8 +180,8 @@ struct irqrouter_source {
  * -ENOSPC: no slot or GSI is left. -ENOSYS: the kernel's fdinfo lacks "eventfd-id" or "eventfd-semaphore". -EMFILE,
  * -ENOMEM; what the service says (-EDQUOT), and what KVM says (-EIO: the VM belongs to another process).
  */
-IRQROUTER_API int irqrouter_agent_add(struct irqrouter_agent *agent, const struct irqrouter_source *sources, size_t count,
-				      struct irqrouter_vector *out);
+IRQROUTER_API int irqrouter_agent_add(struct irqrouter_agent *agent, const struct irqrouter_source *sources,
+				      size_t count, struct irqrouter_vector *out);
 
 /*
  * The guest gave the vector another message. Its next event is translated afresh. `cookie` as in irqrouter_source.
@@ -198,7 +198,7 @@ IRQROUTER_API int irqrouter_agent_unmask(struct irqrouter_agent *agent, const st
 
 /*
  * When this returns KVM knows nothing of them; what is pending stays in your eventfds. -ENOENT: one of them was removed
- * before, and none is now. Another error: they are gone, but KVM refused to let an irqfd go.
+ * before, and none is now. Another error: they are gone, but KVM refused to let an irqfd go; its GSI is not used again.
  */
 IRQROUTER_API int irqrouter_agent_remove(struct irqrouter_agent *agent, const struct irqrouter_vector *vectors,
 					 size_t count);
@@ -209,8 +209,8 @@ IRQROUTER_API int irqrouter_agent_remove(struct irqrouter_agent *agent, const st
  *
  * Only when this has returned may the guest be told that its invalidation is complete: no event signalled afterwards is
  * then delivered by a translation read before. For vCPU threads. Takes what KVM needs to take irqfds away (some
- * 15 µs to 90 µs for each; at times several ms, and as KVM's work queue is the host's, another VM's trouble can make it
- * longer), and at most the deadline where there are many.
+ * 15 µs to 90 µs for each; at times several ms, and as KVM's work queue is the host's, another VM's trouble can make
+ * it longer), and at most the deadline where there are many.
  */
 IRQROUTER_API int irqrouter_agent_invalidate(struct irqrouter_agent *agent, uint32_t first, uint32_t last);
 
@@ -228,10 +228,10 @@ struct irqrouter_route {
  * Replace the VMM's own routes, those of I/OAPIC pins for example: all, or none. A VMM that writes the table behind the
  * agent's back erases live routes, and events with them. -EINVAL: a GSI twice, too high, or a vector's; what KVM says.
  */
-IRQROUTER_API int irqrouter_agent_set_foreign_routes(struct irqrouter_agent *agent, const struct irqrouter_route *routes,
-						     size_t count);
+IRQROUTER_API int irqrouter_agent_set_foreign_routes(struct irqrouter_agent *agent,
+						     const struct irqrouter_route *routes, size_t count);
 
-/* To be called on KVM_EXIT_IOAPIC_EOI, by the vCPU's thread: see IRQROUTER_LEVEL. Returns how many lines that was for. */
+/* To be called on KVM_EXIT_IOAPIC_EOI, by the vCPU's thread: see IRQROUTER_LEVEL. Returns for how many lines it was. */
 IRQROUTER_API int irqrouter_agent_eoi(struct irqrouter_agent *agent, uint32_t guest_vector);
 
 enum irqrouter_state {

@@ -57,10 +57,9 @@ static uint32_t next(uint32_t *seed)
 
 static void write_entry(uint32_t index, uint32_t *seed)
 {
-	uint64_t present = next(seed) % 16 != 0;
+	uint64_t present = next(seed) % 16 != 0, vector = 0x30 + next(seed) % 100, cpu = next(seed) % 2;
 
-	__atomic_store_n(&entries[2 * index], present | (0x30ull + next(seed) % 100) << 16 | (uint64_t)(next(seed) % 2) << 40,
-			 __ATOMIC_RELEASE);
+	__atomic_store_n(&entries[2 * index], present | vector << 16 | cpu << 40, __ATOMIC_RELEASE);
 }
 
 static struct irqrouter_source source_of(uint32_t index)
@@ -278,8 +277,8 @@ int main(int argc, char **argv)
 	must(irqrouter_agent_wait_connected(agent, 20000), "wait_connected");
 	empty = drained();
 	irqrouter_agent_destroy(agent);
-	printf("fired %u, invalidated %u and %u, changed %u, replaced %u, looked %u; %u faults\n", done[0], done[1], done[2],
-	       done[3], done[4], done[5], faults);
+	printf("fired %u, invalidated %u and %u, changed %u, replaced %u, looked %u; %u faults\n", done[0], done[1],
+	       done[2], done[3], done[4], done[5], faults);
 	if (!empty)
 		fprintf(stderr, "an event was left behind\n");
 	return !empty;

@@ -100,12 +100,13 @@ def test_a_wrong_welcome_ends_the_connection(world: World, payload: bytes) -> No
 
 
 def test_a_service_that_refuses_is_asked_again_and_quoted(world: World) -> None:
-    error = wire.WireError(wire.Code.NAME, "VM vm-1", "is another process'")
+    error = wire.WireError(wire.Code.NAME, "VM vm-1", "is another process'\n\x1b[2Jroot logged in")
     session = world.accept()
     session.refuse(session.greeting, error)
     assert session.ended()
     world.attach()
-    assert any("VM vm-1: is another process'" in text for text in world.said)
+    (said,) = [text for text in world.said if "VM vm-1: is another process'" in text]
+    assert said.isprintable()  # one line, whatever the service says
 
 
 def _malformed(session: Session) -> dict[str, tuple[socket.socket, bytes]]:

@@ -15,7 +15,7 @@ from irqrouter.service import wire
 from irqrouter.service.wire import Command, Frame, Kind, Operation, SlotState
 from irqrouter.x86.msi import Message
 from tests.agent_c.fake import Session, eventually
-from tests.agent_c.world import World, to
+from tests.agent_c.world import World, remappable, to
 
 ASSIGNED, DEASSIGNED = SlotState.ASSIGNED, SlotState.DEASSIGNED
 BROADCAST = Message(0xFEEFF000, 0x4055)
@@ -187,7 +187,8 @@ def test_a_narrow_invalidation_meanwhile_wins(world: World, session: Session) ->
     assert world.states(session, vectors) == [ASSIGNED] * 4 + [DEASSIGNED] + [ASSIGNED] * 3
 
 
-def test_b6_a_deadline_opens_the_breaker_and_a_ping_closes_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("again", [Command.INVALIDATE, 0])
+def test_b6_a_deadline_opens_the_breaker_and_a_ping_closes_it(tmp_path: Path, again: int) -> None:
     with World(tmp_path, deadline_s=0.05) as world:
         session = world.attach()
         vectors = _assigned(world, session)
@@ -220,8 +221,8 @@ def test_b6_a_deadline_opens_the_breaker_and_a_ping_closes_it(tmp_path: Path) ->
         assert frame.id != late.id
         session.reply_operations(frame, _routes(session, vectors, 0x50))
         assert invalidating.result(10) == 8
-        # A second answer to what was answered late is no answer to anything.
-        session.reply_operations(late, [])
+        # A second answer to what was answered late is no answer to anything; nor is one to no command.
+        session.reply(Frame(late.id, again))
         assert session.ended()
 
 
@@ -256,6 +257,22 @@ def test_a_connection_that_ends_meanwhile_ends_the_wait(world: World, session: S
     assert states == ["assigned"] * 8
     assert {world.status(vector).state.value for vector, _ in vectors} == {"deassigned"}
     assert world.agent.stats().timeouts == 0
+
+
+def test_a_reply_may_be_about_more_vectors_than_were_there(world: World, session: Session) -> None:
+    """The service goes by the page, and others have come under these cookies since it was asked."""
+    vectors = _assigned(world, session)
+    others = world.add(session, *[None] * 12, first=100)
+    invalidating = world.background(world.agent.invalidate, entries(0, 3))
+    frame = _asked(session)
+    for vector, _ in others:
+        world.agent.program(vector, remappable(vector.id % 8))
+    bound = [session.op(Kind.ASSIGN, vector.id) for vector, _ in others]
+    assert set(session.run(*_routes(session, others, 0x70), *bound)) == {0}
+    session.reply_operations(frame, _routes(session, others, 0x70) + _routes(session, vectors, 0x50))
+    assert invalidating.result(10) == 8
+    assert _where(world, vectors) == list(range(0x50, 0x58))
+    assert world.agent.stats().malformed == 0
 
 
 def test_an_error_in_reply_deassigns(world: World, session: Session) -> None:

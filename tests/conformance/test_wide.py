@@ -1,6 +1,7 @@
 """Wide invalidations: many vectors are translated again by the service rather than deassigned by the agent."""
 
 import errno
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -217,7 +218,7 @@ def test_error_reply_deassigns_all(agent: AgentTarget, many: list[V]) -> None:
     assert len(agent.service.sessions) == 1
 
 
-@pytest.mark.parametrize("kind", [Kind.CATCH, Kind.PREPARE, Kind.UPDATE])
+@pytest.mark.parametrize("kind", [Kind.CATCH, Kind.ASSIGN, Kind.PREPARE, Kind.UPDATE])
 def test_operation_that_does_not_belong_into_the_reply_ends_the_connection(
     agent: AgentTarget, many: list[V], kind: Kind
 ) -> None:
@@ -340,6 +341,34 @@ def test_verb_while_the_service_is_being_asked(agent: AgentTarget, many: list[V]
     if verb != "remove":
         assert state(agent, many[0]) is (SlotState.MASKED if verb == "mask" else SlotState.DEASSIGNED)
         assert agent.run([assign(agent, many[0])]) == [errno.ESTALE if verb == "mask" else errno.ENXIO]
+
+
+def test_removal_that_has_not_ended_is_waited_for_i2(agent: AgentTarget, many: list[V]) -> None:
+    """KVM may still deliver by the old route: whoever removes it meanwhile has its deassign on the way."""
+    happened: list[str] = []
+    deassigning, going_on = threading.Event(), threading.Event()
+
+    def deassign() -> None:
+        deassigning.set()
+        going_on.wait(0.2)  # long enough for an invalidation that does not wait
+        happened.append("deassigned")
+
+    def meanwhile(scope: Scope) -> Answer:
+        agent.hooks.before(Call.DEASSIGN, deassign)
+        removing.start()
+        assert deassigning.wait(20)
+        return routes(agent, many, new)
+
+    removing = Background(lambda: agent.verbs.remove([many[0].handle]))
+    agent.service.on_invalidate = meanwhile
+    with agent.unwatched():
+        agent.verbs.invalidate(EVERYTHING)
+        happened.append("invalidated")
+        going_on.set()
+        removing.join()
+    assert happened == ["deassigned", "invalidated"]
+    assert waits(agent, many[0])
+    assert arrives(agent, many[1]) == {(1, 0x61)}
 
 
 def test_two_at_once_and_the_first_answer_last_a3(agent: AgentTarget, many: list[V]) -> None:
