@@ -30,16 +30,17 @@ class RouteTable:
 
     def allocate(self) -> int:
         """Give out the lowest free GSI; raise :class:`GsiExhaustedError` when there is none."""
-        foreign: list[int] = []
+        taken: list[int] = []
         try:
             while self._free:
                 gsi = heapq.heappop(self._free)
-                if gsi not in self._foreign:
+                # A route that KVM still has may be refused its end, and is then somebody's as before.
+                if gsi not in self._foreign and gsi not in self._accepted:
                     self._given.add(gsi)
                     return gsi
-                foreign.append(gsi)
+                taken.append(gsi)
         finally:
-            for gsi in foreign:  # they may become ours again
+            for gsi in taken:  # they may become ours again
                 heapq.heappush(self._free, gsi)
         raise GsiExhaustedError("the VM's GSIs", f"all {self._limit} are in use")
 

@@ -172,12 +172,13 @@ class Vectors:
         vector.cookie = cookie
         self._cookies.add(cookie, vector.id)
 
-    def forget(self, vector: Vector) -> None:
-        """Drop a removed vector and give its GSI back."""
+    def forget(self, vector: Vector, *, bound: bool) -> None:
+        """Drop a removed vector and give its GSI back; but not if its irqfd is ``bound`` to that still (I5)."""
         del self._vectors[vector.id]
         del self._by_gsi[vector.gsi]
         self._cookies.discard(vector.cookie, vector.id)
-        self.routes.free(vector.gsi)
+        if not bound:
+            self.routes.free(vector.gsi)
 
     def refusal(self, vector: Vector | None, op: SetRoute | Catch | CatchFault | Assign) -> int:
         """Why ``op`` may not be carried out now, as an errno; 0 when it may.

@@ -598,11 +598,11 @@ class Executor:
 
     def _release(self, vector: Vector) -> None:
         """Let go of what a removed vector held."""
-        self._deassigning.pop(vector.id, None)
+        bound = self._deassigning.pop(vector.id, None) is not None  # its deassign failed: KVM has the irqfd still
         self._vectors.routes.drop(vector.gsi)
         eventfd = self._eventfds.pop(vector.id)
         self._identities.discard(eventfd.identity)
-        self._vectors.forget(vector)
+        self._vectors.forget(vector, bound=bound)
         eventfd.close()
 
     def _drop_route(self, vector: Vector) -> int:

@@ -84,7 +84,7 @@ def test_matching_follows_a_reprogrammed_vector_at_once(vectors: Vectors) -> Non
 def test_forgotten_vector_is_gone_and_its_gsi_free_but_never_its_id(vectors: Vectors) -> None:
     vector = add(vectors)
     vectors.happen(vector, Event.REMOVED)
-    vectors.forget(vector)
+    vectors.forget(vector, bound=False)
     assert (vectors.find(vector.id), vectors.routed_at(vector.gsi), list(vectors)) == (None, None, [])
     with pytest.raises(VectorGoneError, match="vector 1: was removed"):
         vectors.known(vector)
