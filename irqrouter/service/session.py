@@ -73,7 +73,6 @@ PACKETS_MAX: Final = 16
 #: How many operations of one VM may be unanswered; those of vectors that are gone meanwhile count as well.
 OPERATIONS_MAX: Final = 2 * wire.SLOTS_MAX
 
-_STATE: Final = 0x0F
 
 #: Answers that are no refusal: the vector is assigned already, or an operation before this one was refused.
 _NO_REFUSAL: Final = frozenset({errno.EALREADY, errno.ECANCELED})
@@ -467,12 +466,12 @@ class Session:
         return bool(gone)
 
     def _is_gone(self, watched: _Watched, slot: Slot) -> bool:
-        return slot.born != watched.born or slot.state & _STATE == SlotState.FREE
+        return slot.born != watched.born or slot.is_in(SlotState.FREE)
 
     def _first_decision(self, watched: _Watched) -> list[Operation]:
         """A new vector, translated quietly: its route and irqfd, if that succeeds."""
         slot = self._page.slot(watched.number)
-        if slot.state & _STATE != SlotState.DEASSIGNED or self.hello.remapper == RemapperKind.VMM:
+        if not slot.is_in(SlotState.DEASSIGNED) or self.hello.remapper == RemapperKind.VMM:
             return []
         outcome = self._translate(slot)
         if not isinstance(outcome, Message):
@@ -490,7 +489,7 @@ class Session:
             return operations
         for count, watched in enumerate(list(self._vectors.values()), 1):
             slot = self._page.slot(watched.number)
-            if slot.cookie in scope and slot.state & _STATE == SlotState.ASSIGNED and slot.born == watched.born:
+            if slot.cookie in scope and slot.is_in(SlotState.ASSIGNED) and slot.born == watched.born:
                 outcome = self._translate(slot)
                 if isinstance(outcome, Message):
                     watched.route = outcome
@@ -552,7 +551,7 @@ class Session:
         if self._is_gone(watched, slot):
             self._forget(watched)
             return
-        if slot.state & _STATE != SlotState.DEASSIGNED or slot.state & wire.PREPARED:
+        if not slot.waits():
             return
         if not fired and not self._worth_preparing(watched, slot):
             self._watch(watched)
@@ -663,10 +662,8 @@ class Session:
             self._watch_if_deassigned(watched)
 
     def _watch_if_deassigned(self, watched: _Watched) -> None:
-        if self._vectors.get(watched.number) is watched:
-            slot = self._page.slot(watched.number)
-            if slot.state & _STATE == SlotState.DEASSIGNED and not slot.state & wire.PREPARED:
-                self._watch(watched)
+        if self._vectors.get(watched.number) is watched and self._page.slot(watched.number).waits():
+            self._watch(watched)
 
     def _forget(self, watched: _Watched) -> None:
         if self._vectors.get(watched.number) is watched:
@@ -822,7 +819,6 @@ class Session:
     def status(self) -> VmStatus:
         """A snapshot of the VM."""
         slots = [self._page.slot(number) for number in self._vectors]
-        states = [slot.state & _STATE for slot in slots]
         return VmStatus(
             name=self.name,
             pid=self.peer.pid,
@@ -831,9 +827,9 @@ class Session:
             remapper=self.hello.remapper.name,
             features=[feature.name or "" for feature in self.hello.features],
             vectors=len(slots),
-            assigned=states.count(SlotState.ASSIGNED),
-            deassigned=states.count(SlotState.DEASSIGNED),
-            masked=states.count(SlotState.MASKED),
+            assigned=sum(slot.is_in(SlotState.ASSIGNED) for slot in slots),
+            deassigned=sum(slot.is_in(SlotState.DEASSIGNED) for slot in slots),
+            masked=sum(slot.is_in(SlotState.MASKED) for slot in slots),
             prepared=sum(bool(slot.state & wire.PREPARED) for slot in slots),
             regions=0 if self._memory is None else self._memory.regions,
             # Two sockets, the doorbell, the epoll set, the page and the duplicate that its map holds.
@@ -892,7 +888,7 @@ class Session:
             if times & 0xFFFF_FFFF:
                 detail = f"{times & 0xFFFF_FFFF} times" if times != 1 else ""
                 self._happenings.tell(self.name, what, vector, slot.generation, detail)
-        if slot.state & _STATE == SlotState.ASSIGNED != before.state & _STATE:
+        if slot.is_in(SlotState.ASSIGNED) and not before.is_in(SlotState.ASSIGNED):
             self._happenings.tell(self.name, What.ASSIGNED, vector, slot.generation)
 
     def _complain(self, event: str, **fields: object) -> None:
@@ -907,7 +903,7 @@ def _name(error: int) -> str:
 
 
 def _state_name(slot: Slot) -> str:
-    state = slot.state & _STATE
+    state = slot.state & wire.STATE_MASK
     return SlotState(state).name.lower() if state <= SlotState.MASKED else f"unknown ({state})"
 
 

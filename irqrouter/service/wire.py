@@ -497,13 +497,14 @@ class SlotState(enum.IntEnum):
     MASKED = 3
 
 
-#: Flags in the slot's ``state``.
+#: The state in the slot's ``state``, and the flags.
+STATE_MASK: Final = 0x0F
 PREPARED: Final = 0x10
 ROUTED: Final = 0x20
 
 
 class Slot(msgspec.Struct, frozen=True):
-    """A slot of the page, 64 bytes, in the order of its fields. ``state`` has the flags in it."""
+    """A slot of the page, 64 bytes, in the order of its fields. ``state`` has the flags in it: ask :meth:`is_in`."""
 
     generation: int = 0
     born: int = 0
@@ -520,6 +521,14 @@ class Slot(msgspec.Struct, frozen=True):
     stale: int = 0
     discarded: int = 0
     last_catch_ns: int = 0
+
+    def is_in(self, state: SlotState) -> bool:
+        """Whether the vector is in ``state``, whatever its flags."""
+        return self.state & STATE_MASK == state
+
+    def waits(self) -> bool:
+        """Whether its events wait for the service: it is deassigned, and no decision stands."""
+        return self.is_in(SlotState.DEASSIGNED) and not self.state & PREPARED
 
 
 class PageHeader(msgspec.Struct, frozen=True):

@@ -12,7 +12,7 @@ from irqrouter import cli
 from irqrouter.cli import decode, doctor
 from irqrouter.errors import CallerError
 
-COMMANDS = ["demo", "stress", "decode", "doctor"]
+COMMANDS = ["demo", "stress", "torture", "decode", "doctor", "serve", "status", "top", "trace"]
 
 
 def exit_status(*arguments: str) -> int | str | None:
