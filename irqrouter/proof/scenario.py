@@ -108,6 +108,11 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     asleep: str = ""
 
     @property
+    def duplicated(self) -> int:
+        """Deliveries that were one too many. A stray count is a delivery that no event asked for."""
+        return self.totals.duplicated + abs(self.strays)
+
+    @property
     def good(self) -> bool:
         """Every rule held."""
         return not (self.totals.broken or self.strays or self.wakeups_while_assigned)

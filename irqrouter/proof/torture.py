@@ -85,7 +85,7 @@ class Torture:
         return 0.0 if self.side is None else self.side.through.invalidations.longest_wait_us() / 1000
 
     def result(self, summary: Summary) -> Result:
-        """What came of it. A stray count is a delivery that no event asked for: a duplicate."""
+        """What came of it."""
         totals, side = summary.totals, self.side
         assert side is not None, "it was run"
         times = side.through.invalidations
@@ -96,7 +96,7 @@ class Torture:
             delivered=totals.delivered,
             lost=totals.lost,
             stale=totals.stale,
-            duplicated=totals.duplicated + abs(summary.strays),
+            duplicated=summary.duplicated,
             coalesced=totals.coalesced,
             faults=totals.faults,
             invalidations=summary.invalidations,
